@@ -1,0 +1,31 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint benchmark install
+
+demo: install
+	$(BIN)/distill demo --output demo
+
+test: install
+	OMP_WAIT_POLICY=passive $(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p distill
+
+benchmark: install
+	$(BIN)/python benchmarks/latency.py
+
+install: $(VENV)/.installed
+
+# A plain install (not editable), so that type checkers and imports see what a user's site-packages would hold.
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard distill/* teacher/* student/* export/* explain/* examples/*)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	test -e $(VENV)/.dependencies -a $(VENV)/.dependencies -nt constraints.txt -a $(VENV)/.dependencies -nt pyproject.toml || \
+		{ $(BIN)/pip install --quiet --constraint constraints.txt torch && \
+		  $(BIN)/pip install --quiet --constraint constraints.txt ".[train,cpu,dev]" && touch $(VENV)/.dependencies; }
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --force-reinstall .
+	touch $@

@@ -1,0 +1,110 @@
+"""The command line: one group whose commands are imported only when they are called."""
+
+import logging
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from distill.errors import DistillError
+
+# command -> (module:function, the line that `distill --help` shows)
+COMMANDS = {
+    "train-teacher": ("distill.teacher.command:train_teacher", "Fine-tune a large classifier on labelled text."),
+    "train-student": ("distill.student.command:train_student", "Distil the teacher into a small student."),
+    "export": ("distill.export.command:export", "Write the student as a verified ONNX bundle, INT8 on request."),
+    "report": ("distill.explain.command:report", "Compare teacher, student and exported versions."),
+    "predict": ("distill.prediction:predict", "Classify texts from a file or standard input."),
+    "demo": ("distill.examples.demo:demo", "Run the whole chain on real data, nothing to configure."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and loads one only to run it or to show its help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order in which they are used."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, function = COMMANDS[cmd_name][0].split(":")
+        command: click.Command = getattr(import_module(module), function)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Turn what a user can act on into one line and exit status 1."""
+        try:
+            return super().invoke(ctx)
+        except DistillError as error:
+            raise click.ClickException(str(error)) from error
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] == "distill":
+                raise
+            extra = "cpu" if error.name == "onnxruntime" else "train"
+            raise click.ClickException(
+                f"this command needs the package {error.name}: pip install 'distill-onnx[{extra}]'"
+            ) from error
+
+
+def _defaults(path: Path) -> dict[str, dict[str, Any]]:
+    """Read `distill.toml` into Click's default_map, refusing tables and options that do not exist."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"{path}: not valid TOML: {error}") from error
+    defaults = {}
+    for name, options in tables.items():
+        if name not in COMMANDS or not isinstance(options, dict):
+            raise click.UsageError(f"{path}: [{name}] is not a command; tables are named {', '.join(COMMANDS)}")
+        defaults[name] = {key.replace("-", "_"): value for key, value in options.items()}
+    return defaults
+
+
+def _check_options(path: Path, name: str, options: dict[str, Any], command: click.Command) -> None:
+    known = {parameter.name for parameter in command.params if parameter.name}
+    for key in options:
+        if key not in known:
+            names = ", ".join(sorted(option.replace("_", "-") for option in known))
+            raise click.UsageError(f"{path}: [{name}] has no option {key.replace('_', '-')!r}; it has {names}")
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--config", type=click.Path(path_type=Path), help="Defaults for every command [distill.toml].")
+@click.option("--verbose", "-v", is_flag=True, help="Say more on standard error.")
+@click.version_option(package_name="distill-onnx")
+@click.pass_context
+def cli(ctx: click.Context, config: Path | None, verbose: bool) -> None:
+    """Distil a large text classifier into a small INT8 ONNX model, and prove that they agree."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("distill").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if config is not None and not config.is_file():
+        raise click.UsageError(f"--config {config}: no such file")
+    path = config or Path("distill.toml")
+    if path.is_file():
+        defaults = _defaults(path)
+        name = ctx.invoked_subcommand
+        if name in defaults:
+            command = cli.get_command(ctx, name)
+            assert command is not None
+            _check_options(path, name, defaults[name], command)
+        ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+def main() -> None:
+    """Entry point of the `distill` script."""
+    cli(prog_name="distill")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Rows out of CSV, TSV, JSONL and Parquet files, one at a time, with the place of everything that is wrong."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from distill.errors import DistillError
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+MAX_FIELD = 2**24
+
+
+def _lines(file: TextIO, name: str) -> Iterator[str]:
+    """Lines of a text file; a byte that is not UTF-8 becomes an error that names its line."""
+    number = 0
+    while True:
+        try:
+            line = file.readline()
+        except UnicodeDecodeError as error:
+            raise DistillError(
+                f"{name}, near line {number + 1}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
+                f"convert the file, for example with: iconv -f WINDOWS-1252 -t UTF-8"
+            ) from error
+        if not line:
+            return
+        if "\0" in line:
+            raise DistillError(f"{name}, line {number + 1}: a zero byte; is this UTF-16? Convert the file to UTF-8")
+        number += 1
+        yield line
+
+
+def read_csv(file: TextIO, name: str, delimiter: str = ",") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, row) from delimited text whose first line names the columns.
+
+    Raises:
+        DistillError: for an empty file, repeated column names, or a row with more or fewer fields than
+            the header; the first such rows and their number are named.
+    """
+    csv.field_size_limit(MAX_FIELD)
+    reader = csv.reader(_lines(file, name), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, None)
+        if not header:
+            raise DistillError(f"{name}: the file is empty; its first line must name the columns, as in text,label")
+        if len(set(header)) < len(header):
+            twice = next(column for column in header if header.count(column) > 1)
+            raise DistillError(f"{name}, line 1: the column name {twice!r} appears twice; rename one")
+        ragged: list[tuple[int, int]] = []
+        count, start = 0, 2
+        for fields in reader:
+            line, start = start, reader.line_num + 1
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                count += 1
+                ragged = ragged or [(line, len(fields))]
+            elif not count:
+                yield line, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise DistillError(
+            f"{name}, line {reader.line_num}: {error}; close every quote, and write a quote inside a text twice"
+        ) from error
+    if count:
+        line, found = ragged[0]
+        raise DistillError(
+            f"{name}, line {line}: {found} fields where the header has {len(header)} "
+            f"({count} such row{'s' * (count > 1)}); put quotes around texts that contain {delimiter!r}"
+        )
+
+
+def read_jsonl(file: TextIO, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) from a file with one JSON object a line."""
+    for number, line in enumerate(_lines(file, name), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DistillError(f"{name}, line {number}: not JSON ({error.msg}); write one object a line") from error
+        if not isinstance(row, dict):
+            raise DistillError(
+                f'{name}, line {number}: {type(row).__name__} instead of an object; write {{"text": …}} on each line'
+            )
+        yield number, row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=4096):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except pyarrow.ArrowException as error:
+        raise DistillError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line or row number, row) from a file, by its suffix, in constant memory.
+
+    Raises:
+        DistillError: naming file and line for anything that cannot be read.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DistillError(f"{path}: unknown kind of file {suffix!r}; use {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise DistillError(f"{path}: no such file")
+    if suffix == ".parquet":
+        yield from _read_parquet(path)
+        return
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if suffix in (".csv", ".tsv"):
+            yield from read_csv(file, str(path), "\t" if suffix == ".tsv" else ",")
+        else:
+            yield from read_jsonl(file, str(path))

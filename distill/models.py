@@ -1,0 +1,130 @@
+"""Load checkpoints safely; choose device, precision and threads."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from distill.errors import DistillError
+
+logger = logging.getLogger(__name__)
+transformers.utils.logging.set_verbosity_error()
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+# Waiting OpenMP threads that spin starve everything else on a shared machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(wanted: str = "auto") -> str:
+    """Return "cuda" or "cpu".
+
+    Raises:
+        DistillError: if CUDA is asked for and absent. Nothing falls back silently.
+    """
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise DistillError("--device cuda: PyTorch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
+    return wanted
+
+
+def cpu_has_bf16() -> bool:
+    """Say whether PyTorch may use bf16 instructions (AVX512-BF16 or AMX) of this CPU.
+
+    Autocast also "works" without them, in an emulation 15 times slower than fp32, so the instructions are
+    asked for, and PyTorch's own ceiling (ATEN_CPU_CAPABILITY) is honoured.
+    """
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability().upper():
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def choose_precision(device: str, wanted: str = "auto") -> str:
+    """Return "bf16", "fp16" or "fp32": the fastest that the device computes natively.
+
+    Raises:
+        DistillError: if the device cannot compute what is asked for.
+    """
+    if device == "cuda":
+        native = torch.cuda.get_device_capability() >= (8, 0)
+        if wanted == "bf16" and not native:
+            raise DistillError("--precision bf16: this GPU has no bf16 (compute capability below 8.0); use fp16")
+        return wanted if wanted != "auto" else ("bf16" if native else "fp16")
+    if wanted == "fp16":
+        raise DistillError("--precision fp16: only a CUDA device trains in fp16; use bf16 or fp32 on a CPU")
+    if wanted == "bf16" and not cpu_has_bf16():
+        raise DistillError("--precision bf16: this CPU has no bf16 instructions and would emulate them; use fp32")
+    return wanted if wanted != "auto" else ("bf16" if cpu_has_bf16() else "fp32")
+
+
+@contextmanager
+def inference(device: str, precision: str) -> Iterator[None]:
+    """Inference mode with autocast to `precision`."""
+    autocast = torch.autocast(device, PRECISIONS[precision]) if precision != "fp32" else nullcontext()
+    with torch.inference_mode(), autocast:
+        yield
+
+
+@contextmanager
+def loading(checkpoint: str, option: str) -> Iterator[None]:
+    """Turn the many ways in which loading fails into one line."""
+    if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
+        raise DistillError(f"{option} {checkpoint}: no config.json in this folder; name a Hugging Face checkpoint")
+    try:
+        yield
+    except DistillError:
+        raise
+    except Exception as error:  # transformers and the Hub client raise many kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DistillError(f"{option} {checkpoint}: cannot be loaded: {reason}") from error
+
+
+def load_model(checkpoint: str, labels: list[str], option: str = "--model") -> Any:
+    """Load a sequence classifier in fp32 with a head for `labels`, from safetensors alone and without remote code."""
+    with loading(checkpoint, option):
+        return AutoModelForSequenceClassification.from_pretrained(
+            checkpoint,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+        )
+
+
+def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model") -> Any:
+    """Load a fast tokenizer that truncates at `max_length` tokens, or at what the model can take if that is less."""
+    with loading(checkpoint, option):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, use_fast=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise DistillError(f"{option} {checkpoint}: has no fast tokenizer (tokenizer.json); choose another checkpoint")
+    limits = [max_length, tokenizer.model_max_length]
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and positions > 0:
+        # RoBERTa and MPNet number positions from padding_idx + 1, so the table holds that many fewer tokens.
+        offset = (config.pad_token_id or 0) + 1 if config.model_type in OFFSET_POSITIONS else 0
+        limits.append(positions - offset)
+    tokenizer.model_max_length = int(min(limits))
+    return tokenizer
+
+
+OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}
+
+
+def count_parameters(model: Any) -> int:
+    """Count all parameters of a PyTorch model."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,95 @@
+"""Click options that several commands share, and how a finished stage is shown."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from distill.artifact import Manifest
+
+POSITIVE = click.IntRange(min=1)
+RATE = click.FloatRange(min=0, min_open=True)
+SHARE = click.FloatRange(0, 1)
+
+
+def _apply(function: Callable, options: list[Callable]) -> Callable:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def column_options(function: Callable) -> Callable:
+    """Columns of the data files."""
+    return _apply(
+        function,
+        [
+            click.option("--text-column", help="Column with the text [found by its usual names]."),
+            click.option("--text-pair-column", help="Column with a second text, for pairs."),
+            click.option("--label-column", help="Column with the label [found by its usual names]."),
+        ],
+    )
+
+
+def output_options(default: str) -> Callable[[Callable], Callable]:
+    """Where a stage writes, and whether it may replace what is there."""
+
+    def decorate(function: Callable) -> Callable:
+        return _apply(
+            function,
+            [
+                click.option("--output", type=click.Path(path_type=Path), default=Path(default), help="Folder to write."),
+                click.option("--overwrite", is_flag=True, help="Replace an existing output folder."),
+                click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+            ],
+        )
+
+    return decorate
+
+
+def training_options(epochs: float, learning_rate: float) -> Callable[[Callable], Callable]:
+    """Everything about optimisation that teacher and student share."""
+
+    def decorate(function: Callable) -> Callable:
+        return _apply(
+            function,
+            [
+                click.option("--epochs", type=RATE, default=epochs, help="Passes over the training text."),
+                click.option("--max-steps", type=int, default=-1, help="Stop after this many steps; -1: no limit."),
+                click.option("--batch-size", type=POSITIVE, default=32, help="Texts a step, per device."),
+                click.option("--gradient-accumulation", type=POSITIVE, default=1, help="Batches per optimiser step."),
+                click.option("--gradient-checkpointing", is_flag=True, help="Trade time for memory."),
+                click.option("--learning-rate", type=RATE, default=learning_rate, help="Peak learning rate."),
+                click.option("--warmup-ratio", type=SHARE, default=0.06, help="Share of steps that warm up."),
+                click.option("--weight-decay", type=click.FloatRange(min=0), default=0.01, help="AdamW's weight decay."),
+                click.option("--max-grad-norm", type=RATE, default=1.0, help="Clip gradients to this norm."),
+                click.option("--scheduler", type=click.Choice(["linear", "cosine"]), default="linear", help="Decay."),
+                click.option("--patience", type=POSITIVE, default=3, help="Evaluations without gain before stopping."),
+                click.option("--max-length", type=click.IntRange(min=8), default=256, help="Longest text, in tokens."),
+                click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run."),
+                click.option(
+                    "--precision",
+                    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+                    default="auto",
+                    help="auto: the fastest that the device computes natively.",
+                ),
+                click.option("--seed", type=int, default=42, help="Of splits, heads and order."),
+                click.option("--resume", is_flag=True, help="Go on from the last checkpoint."),
+            ],
+        )
+
+    return decorate
+
+
+def show_stage(manifest: "Manifest", output: Path, as_json: bool) -> None:
+    """Print what a finished stage reached."""
+    if as_json:
+        click.echo(json.dumps(asdict(manifest), ensure_ascii=False))
+        return
+    for split, metrics in manifest.metrics.items():
+        figures = ", ".join(f"{name.replace('_', '-')} {value:.4f}" for name, value in metrics.items())
+        click.echo(f"{split}: {figures}")
+    click.echo(f"{output}: {manifest.parameters:,} parameters, {manifest.wall_seconds:.0f} s on {manifest.device}, {manifest.precision}")

@@ -1,0 +1,63 @@
+"""Saved logits: what every later comparison reads instead of running a model again."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import DatasetDict
+from numpy.typing import NDArray
+
+from distill.errors import DistillError
+
+FILE = "predictions.parquet"
+EVALUATED = ("validation", "test")
+
+
+def write_predictions(folder: Path, splits: DatasetDict, logits: dict[str, dict[str, NDArray[np.float32]]]) -> None:
+    """Write `predictions.parquet` with columns version, split, id, label, logits.
+
+    Args:
+        folder: where to write.
+        splits: the data, with `id` and `label`.
+        logits: version -> split -> logits of shape (n, classes).
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    tables = []
+    for version, by_split in logits.items():
+        for split, values in by_split.items():
+            columns = {
+                "version": [version] * len(values),
+                "split": [split] * len(values),
+                "id": list(splits[split]["id"]),
+                "label": list(splits[split]["label"]),
+                "logits": pyarrow.array(list(values.astype(np.float32)), type=pyarrow.list_(pyarrow.float32())),
+            }
+            tables.append(pyarrow.table(columns))
+    pyarrow.parquet.write_table(pyarrow.concat_tables(tables), folder / FILE)
+
+
+def read_predictions(folder: Path, split: str) -> dict[str, dict[str, Any]]:
+    """Read one split: version -> {"ids", "labels", "logits"} in row order.
+
+    Raises:
+        DistillError: if the file is missing or damaged.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    path = folder / FILE
+    try:
+        table = pyarrow.parquet.read_table(path, filters=[("split", "=", split)])
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DistillError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run that stage again") from error
+    found: dict[str, dict[str, Any]] = {}
+    for version in dict.fromkeys(table["version"].to_pylist()):
+        rows = table.filter(pyarrow.compute.equal(table["version"], version))
+        found[version] = {
+            "ids": rows["id"].to_pylist(),
+            "labels": np.asarray(rows["label"].to_pylist(), dtype=np.int64),
+            "logits": np.asarray(rows["logits"].to_pylist(), dtype=np.float32),
+        }
+    return found

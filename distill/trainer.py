@@ -1,0 +1,317 @@
+"""What fine-tuning a teacher and training a student share: the `Trainer`, its arguments, progress and resumption."""
+
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from distill.artifact import check_output
+from distill.errors import DistillError
+from distill.metrics import score
+from distill.models import choose_device, choose_precision
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options that both training stages have. Batch size is per device; rates and shares are plain numbers."""
+
+    output: Path
+    epochs: float = 3.0
+    max_steps: int = -1
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    learning_rate: float = 5e-5
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    scheduler: str = "linear"
+    patience: int = 3
+    max_length: int = 256
+    device: str = "auto"
+    precision: str = "auto"
+    seed: int = 42
+    resume: bool = False
+    overwrite: bool = False
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where an interrupted run can be picked up."""
+        return self.output.parent / "checkpoints" / self.output.name
+
+
+class ProgressCallback(TrainerCallback):
+    """Steps, loss and time left: a bar on a terminal, a line every tenth of the way elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Any = None
+        self.task: Any = None
+        self.start = 0.0
+        self.first = 0
+        self.next_line = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.start, self.first = time.monotonic(), state.global_step
+        self.next_line = 0.1
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move on by one step."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+        elif state.global_step >= self.next_line * state.max_steps:
+            self.next_line = state.global_step / state.max_steps + 0.1
+            passed = time.monotonic() - self.start
+            left = passed / (state.global_step - self.first) * (state.max_steps - state.global_step)
+            logger.info("%s: step %d of %d, %s left", self.title, state.global_step, state.max_steps, _clock(left))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Say what validation gave."""
+        metrics = metrics or {}
+        if "eval_macro_f1" in metrics and state.epoch:
+            logger.info("%s: epoch %.2f, validation macro-F1 %.4f, accuracy %.4f",
+                        self.title, state.epoch, metrics["eval_macro_f1"], metrics["eval_accuracy"])  # fmt: skip
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
+def tokenize(dataset: Dataset, tokenizer: Any) -> Dataset:
+    """Add token ids, truncated but not padded, and `length` in tokens; text columns go, other columns stay."""
+    pairs = "text_pair" in dataset.column_names
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        encoded = tokenizer(batch["text"], batch["text_pair"] if pairs else None, truncation=True)
+        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    return dataset.map(encode, batched=True, remove_columns=["id", "text", *(["text_pair"] if pairs else [])])
+
+
+class Collator:
+    """Pad a batch to its longest text; labels and teacher logits become tensors as they are."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate rows as `tokenize` leaves them."""
+        inputs = [{name: row[name] for name in self.tokenizer.model_input_names if name in row} for row in rows]
+        batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
+        batch["labels"] = torch.tensor([row["label"] for row in rows])
+        if "teacher_logits" in rows[0]:
+            batch["teacher_logits"] = torch.tensor([row["teacher_logits"] for row in rows], dtype=torch.float32)
+        return batch
+
+
+def _arguments(options: TrainingOptions, precision: str, device: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(options.checkpoints),
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size * 2,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        gradient_checkpointing=options.gradient_checkpointing,
+        learning_rate=options.learning_rate,
+        warmup_ratio=options.warmup_ratio,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        lr_scheduler_type=options.scheduler,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="macro_f1",
+        greater_is_better=True,
+        group_by_length=True,
+        length_column_name="length",
+        remove_unused_columns=False,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device == "cuda",
+        seed=options.seed,
+        disable_tqdm=True,
+        logging_strategy="no",
+        report_to=[],
+    )
+
+
+def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any]) -> str | None:
+    """Decide, before any work, whether to resume; give the checkpoint to resume from.
+
+    Args:
+        options: where and how to train.
+        recipe: everything that decides the result; a resumed run must have the same.
+
+    Raises:
+        DistillError: if the output exists, if an interrupted run would be lost, or if the recipe changed.
+    """
+    check_output(options.output, options.overwrite)
+    folder, record = options.checkpoints, options.checkpoints / "recipe.json"
+    recipe = json.loads(json.dumps(recipe, default=str))
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last and options.resume:
+        before = json.loads(record.read_text())
+        changed = sorted(key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key))
+        if changed:
+            key = changed[0]
+            raise DistillError(
+                f"--resume: {key.replace('_', '-')} was {before.get(key)} when {folder} was written and is now "
+                f"{recipe.get(key)}; give it as it was, or start again with --overwrite instead of --resume"
+            )
+        logger.info("Resuming from %s", last)
+        return last
+    if last and not options.overwrite:
+        raise DistillError(f"{folder}: checkpoints of an interrupted run; add --resume to go on, or --overwrite to start again")
+    if options.resume:
+        logger.info("No checkpoint in %s yet: starting from the beginning", folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    record.write_text(json.dumps(recipe, indent=2))
+    return None
+
+
+def discard_checkpoints(options: TrainingOptions) -> None:
+    """Remove the checkpoints of a run that has been published."""
+    shutil.rmtree(options.checkpoints, ignore_errors=True)
+    if options.checkpoints.parent.is_dir() and not any(options.checkpoints.parent.iterdir()):
+        options.checkpoints.parent.rmdir()
+
+
+class LossTrainer(Trainer):
+    """A Trainer whose loss is a function of the model's logits and the rest of the batch."""
+
+    def __init__(self, *args: Any, loss: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss = loss
+        # Our losses are means over the batch, so the Trainer must divide by the accumulation steps itself.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Run the model on its own inputs and apply the loss to its logits in fp32."""
+        extra = {name: inputs[name] for name in ("labels", "teacher_logits") if name in inputs}
+        outputs = model(**{name: value for name, value in inputs.items() if name not in extra})
+        loss = self.loss(outputs.logits.float(), extra)
+        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+
+@dataclass
+class Trained:
+    """A trained model and where it was trained."""
+
+    model: Any
+    device: str
+    precision: str
+
+
+def fit(
+    model: Any,
+    tokenizer: Any,
+    train: Dataset,
+    validation: Dataset,
+    options: TrainingOptions,
+    loss: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor],
+    title: str,
+    resume_from: str | None,
+) -> Trained:
+    """Train with early stopping on validation macro-F1; the best weights are kept.
+
+    Args:
+        model: a sequence classifier.
+        tokenizer: its tokenizer, for padding.
+        train: as `tokenize` leaves it, with `label` and, for a student, `teacher_logits`.
+        validation: as `tokenize` leaves it, with `label`.
+        options: how to train.
+        loss: maps fp32 logits of shape (batch, classes) and the batch to a scalar, a mean over the batch.
+        title: what the progress display says.
+        resume_from: a checkpoint folder or None.
+    """
+    device = choose_device(options.device)
+    precision = choose_precision(device, options.precision)
+    set_seed(options.seed)
+    classes = model.config.num_labels
+
+    def evaluate(prediction: Any) -> dict[str, float]:
+        return score(prediction.label_ids, prediction.predictions.argmax(axis=-1), classes).summary()
+
+    trainer = LossTrainer(
+        model=model,
+        args=_arguments(options, precision, device),
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=Collator(tokenizer),
+        compute_metrics=evaluate,
+        callbacks=[ProgressCallback(title), EarlyStoppingCallback(options.patience)],
+        loss=loss,
+    )
+    trainer.pop_callback(_printer())
+    logger.info("%s: %d texts on %s in %s", title, len(train), device, precision)
+    trainer.train(resume_from_checkpoint=resume_from)
+    return Trained(model=trainer.model, device=device, precision=precision)
+
+
+def _printer() -> type[TrainerCallback]:
+    from transformers import PrinterCallback
+
+    return PrinterCallback  # type: ignore[no-any-return]
+
+
+def predict_logits(model: Any, tokenizer: Any, dataset: Dataset, device: str, precision: str, batch_tokens: int = 4096) -> NDArray[np.float32]:
+    """Logits for every row, shape (n, classes), computed in batches of similar length.
+
+    Args:
+        model: a sequence classifier; moved to `device`.
+        tokenizer: its tokenizer.
+        dataset: with `text` and perhaps `text_pair`.
+        device: "cpu" or "cuda".
+        precision: "fp32", "bf16" or "fp16" (autocast).
+        batch_tokens: how many padded tokens a batch may hold.
+    """
+    from distill.models import inference
+
+    encoded = tokenize(dataset, tokenizer)
+    lengths = np.asarray(encoded["length"])
+    inputs = encoded.select_columns([name for name in tokenizer.model_input_names if name in encoded.column_names])
+    order = np.argsort(-lengths, kind="stable")
+    logits = np.empty((len(dataset), model.config.num_labels), dtype=np.float32)
+    model.to(device).eval()
+    start = 0
+    with inference(device, precision):
+        while start < len(order):
+            rows = order[start : start + max(1, batch_tokens // int(lengths[order[start]]))]
+            batch = tokenizer.pad(inputs[rows], return_tensors="pt").to(device)
+            logits[rows] = model(**batch).logits.float().cpu().numpy()
+            start += len(rows)
+    return logits

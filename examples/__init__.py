@@ -1,0 +1,1 @@
+"""The demo: its data, its configuration, and the commands it runs."""

@@ -1,0 +1,1 @@
+"""Stage 4: teacher, student and exported versions side by side."""

@@ -1,0 +1,1 @@
+"""Stage 3: a student becomes a verified ONNX bundle."""

@@ -1,0 +1,1 @@
+"""Stage 2: a teacher and text become a small student."""

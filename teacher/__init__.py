@@ -1,0 +1,1 @@
+"""Stage 1: labelled text becomes a fine-tuned teacher."""

@@ -1,0 +1,97 @@
+"""Fine-tune a sequence-classification checkpoint on labelled text."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from distill.artifact import Manifest, publish
+from distill.data import Columns, load_data
+from distill.errors import DistillError
+from distill.metrics import score
+from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
+from distill.predictions import EVALUATED, write_predictions
+from distill.trainer import TrainingOptions, discard_checkpoints, fit, predict_logits, prepare_checkpoints, tokenize
+
+
+@dataclass(frozen=True)
+class TeacherOptions(TrainingOptions):
+    """Options of `distill train-teacher`."""
+
+    output: Path = Path("runs/teacher")
+    data: str = ""
+    model: str = ""
+    columns: Columns = field(default_factory=Columns)
+    class_weights: bool = False
+    label_smoothing: float = 0.0
+
+
+def balanced_weights(labels: np.ndarray, classes: int) -> torch.Tensor:
+    """Weights n / (classes * count), as scikit-learn's "balanced"; 0 for a class without rows. Shape (classes,)."""
+    counts = np.bincount(labels, minlength=classes)
+    weights = np.divide(len(labels), classes * counts, out=np.zeros(classes), where=counts > 0)
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def _loss(weights: torch.Tensor | None, smoothing: float) -> Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]:
+    def cross_entropy(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        weight = weights.to(logits.device) if weights is not None else None
+        return F.cross_entropy(logits, batch["labels"], weight=weight, label_smoothing=smoothing)
+
+    return cross_entropy
+
+
+def train_teacher(options: TeacherOptions) -> Manifest:
+    """Fine-tune a teacher and publish it.
+
+    Returns:
+        The manifest, as it stands in the output folder.
+
+    Raises:
+        DistillError: for anything wrong with data, checkpoint or options, before training starts.
+    """
+    started = time.monotonic()
+    if not 0 <= options.label_smoothing < 1:
+        raise DistillError(f"--label-smoothing {options.label_smoothing}: must be at least 0 and below 1")
+    choose_precision(choose_device(options.device), options.precision)
+    recipe: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in ("resume", "overwrite")}
+    data = load_data(options.data, options.columns, options.seed)
+    tokenizer = load_tokenizer(options.model, options.max_length)
+    model = load_model(options.model, data.labels)
+    resume_from = prepare_checkpoints(options, {**recipe, "data_fingerprint": data.fingerprint})
+
+    train = tokenize(data.splits["train"], tokenizer)
+    weights = balanced_weights(np.asarray(train["label"]), len(data.labels)) if options.class_weights else None
+    validation = tokenize(data.splits["validation"], tokenizer)
+    loss = _loss(weights, options.label_smoothing)
+    trained = fit(model, tokenizer, train, validation, options, loss, "Teacher", resume_from)
+
+    logits = {
+        split: predict_logits(trained.model, tokenizer, data.splits[split], trained.device, trained.precision)
+        for split in EVALUATED
+    }
+    scores = {s: score(np.asarray(data.splits[s]["label"]), logits[s].argmax(1), len(data.labels)) for s in EVALUATED}
+    manifest = Manifest(
+        stage="train-teacher",
+        labels=data.labels,
+        options={k: str(v) if isinstance(v, Path) else v for k, v in recipe.items()},
+        seed=options.seed,
+        data=data.manifest(),
+        metrics={split: value.summary() for split, value in scores.items()},
+        max_length=tokenizer.model_max_length,
+        parameters=count_parameters(trained.model),
+        device=trained.device,
+        precision=trained.precision,
+        wall_seconds=round(time.monotonic() - started, 1),
+    )
+    with publish(options.output, manifest, options.overwrite) as folder:
+        trained.model.to("cpu").save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+        write_predictions(folder, data.splits, {"teacher": logits})
+    discard_checkpoints(options)
+    return manifest
