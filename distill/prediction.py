@@ -1,0 +1,125 @@
+"""`distill predict`: texts or files in, predictions out, streaming."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import tee
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import numpy as np
+
+from distill.errors import DistillError
+from distill.files import read_csv, read_jsonl, read_rows
+
+Row = dict[str, Any]
+FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
+
+
+def _standard_input(form: str) -> Iterator[tuple[int, Row]]:
+    stream = click.get_text_stream("stdin", encoding="utf-8")
+    if form in ("csv", "tsv"):
+        yield from read_csv(stream, "standard input", "\t" if form == "tsv" else ",")
+    elif form == "jsonl":
+        yield from read_jsonl(stream, "standard input")
+    elif form == "parquet":
+        raise DistillError("--format parquet: Parquet cannot be streamed from standard input; name the file")
+    else:
+        for number, line in enumerate(stream, start=1):
+            yield number, {"text": line.rstrip("\r\n")}
+
+
+def _texts(rows: Iterator[tuple[int, Row]], name: str, column: str | None, pair: str | None) -> Iterator[Any]:
+    chosen = column
+    for number, row in rows:
+        if chosen is None:
+            chosen = next((key for key in ("text", "sentence", "content", "review", "message") if key in row), None)
+        for wanted in (chosen, pair):
+            if wanted is None and wanted is chosen:
+                raise DistillError(f"{name}: which column is the text? Found {', '.join(row)}; name it with --text-column")
+            if wanted is not None and not isinstance(row.get(wanted), str):
+                raise DistillError(f"{name}, row {number}: no text in column {wanted!r}; found {row.get(wanted)!r}")
+        yield row[chosen] if pair is None else (row[chosen], row[pair])
+
+
+@contextmanager
+def _writer(output: Path | None, form: str) -> Iterator[Callable[[Row], None]]:
+    """Give a function that writes one row; a file appears only when all of it is there."""
+    with ExitStack() as stack:
+        partial = output and output.with_name(f".{output.name}.partial")
+        stream: IO[str] = stack.enter_context(partial.open("w", encoding="utf-8", newline="")) if partial else sys.stdout
+        table: Any = None
+
+        def write_csv(row: Row) -> None:
+            nonlocal table
+            if table is None:
+                table = csv.DictWriter(stream, list(row), delimiter="\t" if form == "tsv" else ",", lineterminator="\n")
+                table.writeheader()
+            table.writerow(row)
+
+        def write_jsonl(row: Row) -> None:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+        try:
+            yield write_jsonl if form == "jsonl" else write_csv
+            stream.flush()
+            if partial and output:
+                stack.close()
+                partial.replace(output)
+        finally:
+            if partial:
+                partial.unlink(missing_ok=True)
+
+
+@click.command("predict")
+@click.argument("source", default="-")
+@click.option("--bundle", type=click.Path(path_type=Path), default=Path("runs/export"), help="Folder of export.")
+@click.option("--format", "form", type=click.Choice(FORMATS), help="Of standard input [text: one text a line].")
+@click.option("--text-column", help="Column with the text [found by its usual names].")
+@click.option("--text-pair-column", help="Column with a second text, for pairs.")
+@click.option("--output", type=click.Path(path_type=Path), help="File to write: .csv, .tsv or .jsonl [standard output].")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with every class's probability.")
+@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run.")
+@click.option("--threads", type=click.IntRange(min=1), help="Texts in flight at once [one a core].")
+def predict(
+    source: str,
+    bundle: Path,
+    form: str | None,
+    text_column: str | None,
+    text_pair_column: str | None,
+    output: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    provider: str,
+    threads: int | None,
+) -> None:
+    """Classify texts from SOURCE: a CSV, TSV, JSONL or Parquet file, or - for standard input.
+
+    Every row comes back with `prediction` and `score` added, as the texts arrive.
+    """
+    from distill.metrics import softmax
+    from distill.runtime import Classifier
+
+    target = "jsonl" if as_json else (output.suffix.lstrip(".").lower() if output else "csv")
+    if output and target not in ("csv", "tsv", "jsonl"):
+        raise DistillError(f"--output {output}: unknown kind of file; use .csv, .tsv or .jsonl")
+    if output and output.exists() and not overwrite:
+        raise DistillError(f"--output {output}: already there; add --overwrite to replace it")
+    if output and not output.parent.is_dir():
+        raise DistillError(f"--output {output}: no folder {output.parent}; make it first")
+    name = "standard input" if source == "-" else source
+    rows, again = tee(_standard_input(form or "text") if source == "-" else read_rows(Path(source)))
+    classifier = Classifier(bundle, provider=provider, threads=threads)
+    answers = classifier.stream_logits(_texts(again, name, text_column, text_pair_column))
+    with _writer(output, target) as write:
+        for (_, row), logits in zip(rows, answers, strict=False):
+            probabilities = softmax(logits)
+            best = int(np.argmax(probabilities))
+            extra: Row = {"prediction": classifier.labels[best], "score": round(float(probabilities[best]), 6)}
+            if as_json:
+                extra["probabilities"] = dict(zip(classifier.labels, probabilities.round(6).tolist(), strict=True))
+            write({**row, **extra})

@@ -1,0 +1,24 @@
+"""`distill export`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from distill.options import output_options, show_stage
+
+
+@click.command("export")
+@click.option("--student", type=click.Path(path_type=Path), default=Path("runs/student"), help="Folder of train-student.")
+@click.option("--int8", is_flag=True, help="Add an INT8 file for the CPU provider.")
+@click.option("--max-drop", type=click.FloatRange(min=0), default=1.0, help="Points of validation macro-F1 that INT8 may lose.")
+@click.option("--data", help="The data, if it has moved [where the earlier stages read it].")
+@output_options("runs/export")
+def export(as_json: bool, output: Path, **options: Any) -> None:
+    """Write the student as an ONNX bundle, checked against PyTorch on validation text.
+
+    With --int8 several quantization settings are tried; the fastest that loses at most --max-drop is kept.
+    """
+    from distill.export.bundle import ExportOptions, export_student
+
+    show_stage(export_student(ExportOptions(output=output, **options)), output, as_json)

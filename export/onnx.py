@@ -1,0 +1,63 @@
+"""A PyTorch student becomes an fp32 ONNX graph through Optimum, plain and with fused operators."""
+
+import io
+import logging
+import warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distill.errors import DistillError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' chatter off the screen; their errors still come through as exceptions."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def export_fp32(student: Path, folder: Path) -> Path:
+    """Export with Optimum; gives the path of `model.onnx` in `folder`, with config and tokenizer files beside it.
+
+    Raises:
+        DistillError: if Optimum cannot export this architecture.
+    """
+    from optimum.exporters.onnx import main_export
+
+    try:
+        with _quiet():
+            main_export(str(student), folder, task="text-classification", do_validation=False, no_post_process=True)
+    except Exception as error:  # the exporter raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise DistillError(f"--student {student}: Optimum cannot export it: {reason}") from error
+    return folder / "model.onnx"
+
+
+def fuse(model: Path, fused: Path, config: Any) -> bool:
+    """Write `model` with attention, GELU and LayerNorm fused by ONNX Runtime; False where it knows no fusion."""
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    known = {"bert": "bert", "distilbert": "bert", "roberta": "bert", "xlm-roberta": "bert", "electra": "bert", "mpnet": "bert"}
+    kind = known.get(config.model_type)
+    if kind is None:
+        return False
+    try:
+        with _quiet():
+            optimized = optimize_model(
+                str(model), kind, num_heads=config.num_attention_heads, hidden_size=config.hidden_size, opt_level=0
+            )
+            optimized.save_model_to_file(str(fused))
+    except Exception as error:  # fusion is an offer, never a need
+        logger.info("Fusion left out: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)
+        return False
+    return True

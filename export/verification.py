@@ -1,0 +1,41 @@
+"""The exported graph held against PyTorch on real text."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.errors import DistillError
+
+MAX_LOGIT_DIFFERENCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Agreement of two versions on the same texts."""
+
+    texts: int
+    max_logit_difference: float
+    label_agreement: float
+
+
+def compare(reference: NDArray[np.float32], other: NDArray[np.float32]) -> Parity:
+    """Compare logits of shape (n, classes)."""
+    return Parity(
+        texts=len(reference),
+        max_logit_difference=float(np.abs(reference - other).max()),
+        label_agreement=float((reference.argmax(1) == other.argmax(1)).mean()),
+    )
+
+
+def require_parity(parity: Parity) -> None:
+    """Refuse an fp32 graph that is not the PyTorch model.
+
+    Raises:
+        DistillError: if a logit differs by more than 1e-3.
+    """
+    if not parity.max_logit_difference <= MAX_LOGIT_DIFFERENCE:
+        raise DistillError(
+            f"export: the ONNX graph differs from PyTorch by up to {parity.max_logit_difference:.2g} in a logit (allowed "
+            f"{MAX_LOGIT_DIFFERENCE:g}) over {parity.texts} texts; try another version of torch or optimum-onnx"
+        )

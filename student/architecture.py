@@ -1,0 +1,55 @@
+"""A student's architecture: a pre-trained encoder with some of its layers."""
+
+import copy
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from distill.errors import DistillError
+
+# encoder.layer.3. (BERT, RoBERTa, ELECTRA, MPNet, DeBERTa), transformer.layer.3. (DistilBERT), layers.3. (ModernBERT)
+LAYER = re.compile(r"(?<=[.])(layers?)\.(\d+)\.")
+
+
+def evenly_spaced(total: int, keep: int) -> list[int]:
+    """Choose `keep` of `total` layers, evenly spaced, the first and the last among them."""
+    if keep == 1:
+        return [0]
+    return [int(position) for position in np.round(np.linspace(0, total - 1, keep))]
+
+
+def keep_layers(model: Any, keep: int) -> Any:
+    """Copy a sequence classifier with `keep` evenly spaced encoder layers; all other weights are the same.
+
+    Works on parameter names, so it holds for every encoder that numbers its layers as `layer.N` or `layers.N`.
+
+    Raises:
+        DistillError: if the model has fewer layers, or none that can be found.
+    """
+    total = getattr(model.config, "num_hidden_layers", 0)
+    if keep > total:
+        raise DistillError(f"--layers {keep}: the student's checkpoint has only {total} layers; give at most that many")
+    kept = evenly_spaced(total, keep)
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = keep
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in kept]
+    place = {old: new for new, old in enumerate(kept)}
+    weights: dict[str, torch.Tensor] = {}
+    found = set()
+    for name, tensor in model.state_dict().items():
+        match = LAYER.search(name)
+        if match is None:
+            weights[name] = tensor
+            continue
+        found.add(int(match[2]))
+        if int(match[2]) in place:
+            weights[f"{name[: match.start(2)]}{place[int(match[2])]}{name[match.end(2) :]}"] = tensor
+    if len(found) != total:
+        raise DistillError(f"--layers {keep}: cannot tell the layers of a {config.model_type} model apart; leave --layers out")
+    student = AutoModelForSequenceClassification.from_config(config)
+    student.load_state_dict(weights, strict=True)
+    return student

@@ -1,0 +1,30 @@
+"""`distill train-student`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from distill.options import POSITIVE, RATE, SHARE, output_options, show_stage, training_options
+
+
+@click.command("train-student")
+@click.option("--teacher", type=click.Path(path_type=Path), default=Path("runs/teacher"), help="Folder of train-teacher.")
+@click.option("--data", help="The teacher's data, if it has moved [where the teacher read it].")
+@click.option("--student", help="Pre-trained checkpoint to start from [the teacher's own base checkpoint].")
+@click.option("--layers", type=POSITIVE, help="Keep this many layers, evenly spaced [half, without --student].")
+@click.option("--unlabeled", help="File with more texts, which only the teacher labels.")
+@click.option("--temperature", type=RATE, default=2.0, help="Softens teacher and student alike.")
+@click.option("--alpha", type=SHARE, default=0.9, help="Share of the soft labels in the loss.")
+@click.option("--text-column", help="Column with the text in --unlabeled [as in the teacher's data].")
+@training_options(epochs=5, learning_rate=1e-4)
+@output_options("runs/student")
+def train_student(as_json: bool, output: Path, **options: Any) -> None:
+    """Distil the teacher into a small student.
+
+    The teacher labels every text once; its logits are kept beside it and never computed again.
+    """
+    from distill.student.training import StudentOptions
+    from distill.student.training import train_student as run
+
+    show_stage(run(StudentOptions(output=output, **options)), output, as_json)

@@ -1,0 +1,78 @@
+"""The teacher's logits: computed once per (teacher, text), kept on disk, found again by the text's id."""
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from distill.artifact import Manifest, manifest_hash
+from distill.models import choose_device, choose_precision, load_model, load_tokenizer
+from distill.trainer import predict_logits
+
+logger = logging.getLogger(__name__)
+CHUNK = 20_000
+
+
+def _read(folder: Path, classes: int) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    parts = [pyarrow.parquet.read_table(path) for path in sorted(folder.glob("part-*.parquet"))]
+    if not parts:
+        return np.empty(0, dtype="<U16"), np.empty((0, classes), dtype=np.float32)
+    table = pyarrow.concat_tables(parts)
+    logits = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, classes)
+    return np.asarray(table["id"].to_pylist(), dtype="<U16"), logits
+
+
+def _write(folder: Path, ids: NDArray[np.str_], logits: NDArray[np.float32]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"part-{len(list(folder.glob('part-*.parquet'))):05d}.parquet"
+    partial = path.with_suffix(".partial")
+    values = pyarrow.array(list(logits), type=pyarrow.list_(pyarrow.float32()))
+    pyarrow.parquet.write_table(pyarrow.table({"id": ids.tolist(), "logits": values}), partial)
+    os.replace(partial, path)
+
+
+def teacher_logits(teacher: Path, manifest: Manifest, dataset: Dataset, device: str, precision: str) -> NDArray[np.float32]:
+    """Give the teacher's logits for every row, shape (n, classes), running the teacher only on texts it has not seen.
+
+    They are kept in `soft_labels/` beside the teacher's folder, under the hash of the teacher's manifest, in
+    parts of 20,000 texts, so that an interrupted run loses at most one part.
+
+    Args:
+        teacher: the teacher's folder.
+        manifest: its manifest.
+        dataset: with `id`, `text` and perhaps `text_pair`.
+        device: "auto", "cpu" or "cuda".
+        precision: "auto" or one of fp32, bf16, fp16.
+    """
+    folder = teacher.parent / "soft_labels" / manifest_hash(teacher)[:16]
+    classes = len(manifest.labels)
+    wanted = np.asarray(dataset["id"], dtype="<U16")
+    known, logits = _read(folder, classes)
+    _, first = np.unique(wanted, return_index=True)
+    missing = np.sort(first[~np.isin(wanted[first], known)])
+    logger.info("Soft labels: %d texts known, %d to compute", len(first) - len(missing), len(missing))
+    if len(missing):
+        device = choose_device(device)
+        precision = choose_precision(device, precision)
+        model = load_model(str(teacher), manifest.labels, "--teacher")
+        tokenizer = load_tokenizer(str(teacher), manifest.max_length, "--teacher")
+        started = time.monotonic()
+        for start in range(0, len(missing), CHUNK):
+            rows = missing[start : start + CHUNK]
+            _write(folder, wanted[rows], predict_logits(model, tokenizer, dataset.select(rows), device, precision))
+            done = start + len(rows)
+            left = (time.monotonic() - started) / done * (len(missing) - done)
+            logger.info("Soft labels: %d of %d, %d s left", done, len(missing), left)
+        known, logits = _read(folder, classes)
+    order = np.argsort(known)
+    return logits[order[np.searchsorted(known, wanted, sorter=order)]]

@@ -1,0 +1,152 @@
+"""Train a small student on a teacher's soft labels."""
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import set_seed
+
+from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
+from distill.data import Columns, load_unlabeled, reload_data
+from distill.errors import DistillError
+from distill.metrics import score
+from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
+from distill.predictions import EVALUATED, write_predictions
+from distill.student.architecture import keep_layers
+from distill.student.losses import UNLABELED, distillation_loss
+from distill.student.soft_labels import teacher_logits
+from distill.trainer import TrainingOptions, discard_checkpoints, fit, predict_logits, prepare_checkpoints, tokenize
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StudentOptions(TrainingOptions):
+    """Options of `distill train-student`."""
+
+    output: Path = Path("runs/student")
+    teacher: Path = Path("runs/teacher")
+    data: str | None = None
+    student: str | None = None
+    layers: int | None = None
+    unlabeled: str | None = None
+    temperature: float = 2.0
+    alpha: float = 0.9
+    text_column: str | None = None
+
+
+def _check(options: StudentOptions) -> None:
+    if options.temperature <= 0:
+        raise DistillError(f"--temperature {options.temperature}: must be above 0")
+    if not 0 <= options.alpha <= 1:
+        raise DistillError(f"--alpha {options.alpha}: must be between 0 and 1")
+    if options.unlabeled and options.alpha == 0:
+        raise DistillError("--unlabeled: with --alpha 0 the teacher's labels count for nothing; raise --alpha")
+    choose_precision(choose_device(options.device), options.precision)
+
+
+def _build(options: StudentOptions, teacher: Manifest) -> tuple[Any, Any, int]:
+    """Load the student's checkpoint, with fewer layers if asked; its tokenizer; how many layers it has."""
+    checkpoint = options.student or str(teacher.options["model"])
+    tokenizer = load_tokenizer(checkpoint, min(options.max_length, teacher.max_length), "--student")
+    set_seed(options.seed)
+    model = load_model(checkpoint, teacher.labels, "--student")
+    layers = options.layers
+    if layers is None and options.student is None:
+        layers = max(1, model.config.num_hidden_layers // 2)
+    if layers is not None:
+        model = keep_layers(model, layers)
+    return model, tokenizer, int(model.config.num_hidden_layers)
+
+
+def _with_soft_labels(labelled: Dataset, unlabeled: Dataset | None, logits: np.ndarray) -> Dataset:
+    """Put labelled and unlabelled rows into one dataset with a column `teacher_logits`."""
+    rows = labelled
+    if unlabeled is not None:
+        unlabeled = unlabeled.add_column("label", [UNLABELED] * len(unlabeled)).cast(labelled.features)
+        rows = concatenate_datasets([labelled, unlabeled])
+    return rows.add_column("teacher_logits", list(logits))
+
+
+def train_student(options: StudentOptions) -> Manifest:
+    """Distil a teacher into a student and publish it.
+
+    The teacher runs only for texts whose logits are not kept yet, and never while the student trains.
+
+    Returns:
+        The manifest, as it stands in the output folder.
+
+    Raises:
+        DistillError: for anything wrong with teacher, data, checkpoint or options, before training starts.
+    """
+    started = time.monotonic()
+    _check(options)
+    teacher = read_manifest(options.teacher, "train-teacher", "--teacher")
+    verify(options.teacher, teacher)
+    data = reload_data(teacher.data, teacher.labels, options.data)
+    columns = Columns(options.text_column or data.columns.text, data.columns.text_pair)
+    unlabeled = _unlabeled(options, columns, [data.splits["validation"], data.splits["test"]])
+    recipe: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in ("resume", "overwrite")}
+    model, tokenizer, layers = _build(options, teacher)
+    parent = manifest_hash(options.teacher)
+    resume_from = prepare_checkpoints(options, {**recipe, "teacher_hash": parent, "data_fingerprint": data.fingerprint})
+
+    texts = data.splits["train"].remove_columns("label")
+    texts = texts if unlabeled is None else concatenate_datasets([texts, unlabeled])
+    logits = teacher_logits(options.teacher, teacher, texts, options.device, options.precision)
+    train = tokenize(_with_soft_labels(data.splits["train"], unlabeled, logits), tokenizer)
+    validation = tokenize(data.splits["validation"], tokenizer)
+
+    def loss(student_logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if "teacher_logits" not in batch:
+            return torch.nn.functional.cross_entropy(student_logits, batch["labels"])
+        return distillation_loss(
+            student_logits, batch["teacher_logits"], batch["labels"], options.temperature, options.alpha
+        )
+
+    trained = fit(model, tokenizer, train, validation, options, loss, "Student", resume_from)
+    predictions = {
+        split: predict_logits(trained.model, tokenizer, data.splits[split], trained.device, trained.precision)
+        for split in EVALUATED
+    }
+    truth = {split: np.asarray(data.splits[split]["label"]) for split in EVALUATED}
+    manifest = Manifest(
+        stage="train-student",
+        labels=teacher.labels,
+        options={k: str(v) if isinstance(v, Path) else v for k, v in recipe.items()},
+        seed=options.seed,
+        data={**data.manifest(), "unlabeled": len(unlabeled) if unlabeled is not None else 0},
+        parents=[{"path": str(options.teacher), "manifest_sha256": parent}],
+        metrics={s: score(truth[s], predictions[s].argmax(1), len(teacher.labels)).summary() for s in EVALUATED},
+        max_length=tokenizer.model_max_length,
+        parameters=count_parameters(trained.model),
+        device=trained.device,
+        precision=trained.precision,
+        wall_seconds=round(time.monotonic() - started, 1),
+        details={"layers": layers},
+    )
+    with publish(options.output, manifest, options.overwrite) as folder:
+        trained.model.to("cpu").save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+        write_predictions(folder, data.splits, {"student": predictions})
+    discard_checkpoints(options)
+    return manifest
+
+
+def _unlabeled(options: StudentOptions, columns: Columns, held_out: list[Dataset]) -> Dataset | None:
+    """Read the unlabelled texts, without those that validation or test hold."""
+    if options.unlabeled is None:
+        return None
+    dataset = load_unlabeled(options.unlabeled, columns)
+    secret = {text_id for split in held_out for text_id in split["id"]}
+    kept = [row for row, text_id in enumerate(dataset["id"]) if text_id not in secret]
+    if len(kept) < len(dataset):
+        logger.warning("  unlabeled: text also in validation or test × %d: dropped", len(dataset) - len(kept))  # noqa: RUF001
+    if not kept:
+        raise DistillError(f"--unlabeled {options.unlabeled}: every text is also in validation or test; give other texts")
+    return dataset.select(kept)
