@@ -20,7 +20,16 @@ from distill.errors import DistillError
 
 MANIFEST = "distill.json"
 SCHEMA_VERSION = 1
-PACKAGES = ("distill-onnx", "torch", "transformers", "datasets", "optimum-onnx", "onnxruntime", "onnxruntime-gpu", "tokenizers")
+PACKAGES = (
+    "distill-onnx",
+    "torch",
+    "transformers",
+    "datasets",
+    "optimum-onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tokenizers",
+)
 
 
 @dataclass
@@ -74,7 +83,9 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not output.is_dir():
         raise DistillError(f"--output {output}: this is a file; name a folder")
     if not overwrite:
-        raise DistillError(f"{output}: already there; add --overwrite to replace it, or choose another --output")
+        raise DistillError(
+            f"{output}: already there; add --overwrite to replace it, or choose another --output"
+        )
     if any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise DistillError(f"--output {output}: not a folder that distill wrote; choose another --output")
 
@@ -98,7 +109,9 @@ def publish(output: Path, manifest: Manifest, overwrite: bool) -> Iterator[Path]
         manifest.versions = _versions()
         manifest.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         manifest.files = {
-            path.relative_to(partial).as_posix(): sha256(path) for path in sorted(partial.rglob("*")) if path.is_file()
+            path.relative_to(partial).as_posix(): sha256(path)
+            for path in sorted(partial.rglob("*"))
+            if path.is_file()
         }
         (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n")
         check_output(output, overwrite)
@@ -125,10 +138,14 @@ def read_manifest(folder: Path, stage: str, option: str = "") -> Manifest:
     """
     place = f"{option} {folder}".strip()
     if not folder.is_dir():
-        raise DistillError(f"{place}: no such folder; run `distill {stage}` first, or name the folder it wrote")
+        raise DistillError(
+            f"{place}: no such folder; run `distill {stage}` first, or name the folder it wrote"
+        )
     path = folder / MANIFEST
     if not path.is_file():
-        raise DistillError(f"{place}: no {MANIFEST} in it; run `distill {stage}` first, or name the folder it wrote")
+        raise DistillError(
+            f"{place}: no {MANIFEST} in it; run `distill {stage}` first, or name the folder it wrote"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["schema_version"]
@@ -138,7 +155,9 @@ def read_manifest(folder: Path, stage: str, option: str = "") -> Manifest:
     except (ValueError, TypeError, KeyError) as error:
         raise DistillError(f"{path}: damaged manifest ({error}); run `distill {stage}` again") from error
     if manifest.stage != stage:
-        raise DistillError(f"{place}: written by `distill {manifest.stage}`, but one written by `distill {stage}` is needed")
+        raise DistillError(
+            f"{place}: written by `distill {manifest.stage}`, but one written by `distill {stage}` is needed"
+        )
     return manifest
 
 
@@ -151,6 +170,8 @@ def verify(folder: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise DistillError(f"{path}: missing, though {MANIFEST} lists it; run `distill {manifest.stage}` again")
+            raise DistillError(
+                f"{path}: missing, though {MANIFEST} lists it; run `distill {manifest.stage}` again"
+            )
         if sha256(path) != expected:
             raise DistillError(f"{path}: changed since it was written; run `distill {manifest.stage}` again")

@@ -21,7 +21,7 @@ class Finding:
 
     def __str__(self) -> str:
         examples = "; ".join(self.examples)
-        return f"{self.split}: {self.kind} × {self.count:,} ({examples}): {self.action}"  # noqa: RUF001
+        return f"{self.split}: {self.kind} × {self.count:,} ({examples}): {self.action}"
 
 
 def report_findings(findings: list[Finding]) -> None:
@@ -46,10 +46,14 @@ def find_duplicates(splits: dict[str, Dataset], findings: list[Finding]) -> dict
         same = ids[name][order][1:] == ids[name][order][:-1]
         repeated = np.sort(order[1:][same])
         if len(repeated):
-            findings.append(Finding("duplicate text", name, len(repeated), _examples(dataset, repeated), "kept"))
+            findings.append(
+                Finding("duplicate text", name, len(repeated), _examples(dataset, repeated), "kept")
+            )
         clash = np.sort(order[1:][same & (labels[order][1:] != labels[order][:-1])])
         if len(clash):
-            findings.append(Finding("same text, different labels", name, len(clash), _examples(dataset, clash), "kept"))
+            findings.append(
+                Finding("same text, different labels", name, len(clash), _examples(dataset, clash), "kept")
+            )
     kept = dict(splits)
     for name, later in (("train", ["validation", "test"]), ("validation", ["test"])):
         leaked = np.isin(ids[name], np.concatenate([ids[split] for split in later]))
@@ -57,7 +61,13 @@ def find_duplicates(splits: dict[str, Dataset], findings: list[Finding]) -> dict
             rows = np.flatnonzero(leaked)
             where = " or ".join(later)
             findings.append(
-                Finding(f"text also in {where}", name, len(rows), _examples(splits[name], rows), f"dropped from {name}")
+                Finding(
+                    f"text also in {where}",
+                    name,
+                    len(rows),
+                    _examples(splits[name], rows),
+                    f"dropped from {name}",
+                )
             )
             kept[name] = splits[name].select(np.flatnonzero(~leaked))
     return kept

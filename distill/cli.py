@@ -13,9 +13,15 @@ from distill.errors import DistillError
 
 # command -> (module:function, the line that `distill --help` shows)
 COMMANDS = {
-    "train-teacher": ("distill.teacher.command:train_teacher", "Fine-tune a large classifier on labelled text."),
+    "train-teacher": (
+        "distill.teacher.command:train_teacher",
+        "Fine-tune a large classifier on labelled text.",
+    ),
     "train-student": ("distill.student.command:train_student", "Distil the teacher into a small student."),
-    "export": ("distill.export.command:export", "Write the student as a verified ONNX bundle, INT8 on request."),
+    "export": (
+        "distill.export.command:export",
+        "Write the student as a verified ONNX bundle, INT8 on request.",
+    ),
     "report": ("distill.explain.command:report", "Compare teacher, student and exported versions."),
     "predict": ("distill.prediction:predict", "Classify texts from a file or standard input."),
     "demo": ("distill.examples.demo:demo", "Run the whole chain on real data, nothing to configure."),
@@ -66,7 +72,9 @@ def _defaults(path: Path) -> dict[str, dict[str, Any]]:
     defaults = {}
     for name, options in tables.items():
         if name not in COMMANDS or not isinstance(options, dict):
-            raise click.UsageError(f"{path}: [{name}] is not a command; tables are named {', '.join(COMMANDS)}")
+            raise click.UsageError(
+                f"{path}: [{name}] is not a command; tables are named {', '.join(COMMANDS)}"
+            )
         defaults[name] = {key.replace("-", "_"): value for key, value in options.items()}
     return defaults
 
@@ -76,7 +84,9 @@ def _check_options(path: Path, name: str, options: dict[str, Any], command: clic
     for key in options:
         if key not in known:
             names = ", ".join(sorted(option.replace("_", "-") for option in known))
-            raise click.UsageError(f"{path}: [{name}] has no option {key.replace('_', '-')!r}; it has {names}")
+            raise click.UsageError(
+                f"{path}: [{name}] has no option {key.replace('_', '-')!r}; it has {names}"
+            )
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

@@ -22,7 +22,18 @@ from distill.files import SUFFIXES, read_rows
 logger = logging.getLogger(__name__)
 disable_progress_bars()
 
-TEXT_COLUMNS = ("text", "sentence", "content", "review", "comment", "tweet", "message", "utterance", "document", "body")
+TEXT_COLUMNS = (
+    "text",
+    "sentence",
+    "content",
+    "review",
+    "comment",
+    "tweet",
+    "message",
+    "utterance",
+    "document",
+    "body",
+)
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "intent", "sentiment", "y")
 SPLIT_NAMES = {
     "train": "train", "training": "train",
@@ -75,7 +86,9 @@ def text_id(text: str, text_pair: str | None = None) -> str:
     return hashlib.blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _find_column(place: str, present: list[str], wanted: str | None, known: tuple[str, ...], option: str) -> str:
+def _find_column(
+    place: str, present: list[str], wanted: str | None, known: tuple[str, ...], option: str
+) -> str:
     if wanted is not None:
         if wanted in present:
             return wanted
@@ -148,7 +161,9 @@ def _read_file(path: Path, columns: Columns, labelled: bool = True) -> Dataset:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, DistillError):
             cause = cause.__cause__ or cause.__context__
-        raise cause or DistillError(f"{path}: no rows; the file needs a header and at least one row") from error
+        raise cause or DistillError(
+            f"{path}: no rows; the file needs a header and at least one row"
+        ) from error
     if not len(dataset):
         raise DistillError(f"{path}: no rows; the file needs a header and at least one row")
     return dataset
@@ -160,14 +175,18 @@ def _read_folder(folder: Path, columns: Columns) -> dict[str, Dataset]:
     for path in files:
         name = SPLIT_NAMES.get(path.stem.lower())
         if name in splits:
-            raise DistillError(f"{folder}: both {splits[name].name} and {path.name} are {name} files; keep one")
+            raise DistillError(
+                f"{folder}: both {splits[name].name} and {path.name} are {name} files; keep one"
+            )
         if name:
             splits[name] = path
     if not splits and len(files) == 1:
         splits["train"] = files[0]
     if "train" not in splits:
         found = ", ".join(path.name for path in files) or "no data files"
-        raise DistillError(f"{folder}: no train file, only {found}; name it train.csv (or .tsv, .jsonl, .parquet)")
+        raise DistillError(
+            f"{folder}: no train file, only {found}; name it train.csv (or .tsv, .jsonl, .parquet)"
+        )
     return {name: _read_file(path, columns) for name, path in splits.items()}
 
 
@@ -177,7 +196,9 @@ def _read_hub(source: str, columns: Columns) -> dict[str, Dataset]:
         loaded = load_dataset(name, config or None)
     except Exception as error:  # the Hub client raises many kinds; each ends here as one line
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DistillError(f"--data {source}: no such file or folder here, and the Hub says: {reason}") from error
+        raise DistillError(
+            f"--data {source}: no such file or folder here, and the Hub says: {reason}"
+        ) from error
     splits: dict[str, Dataset] = {}
     for split, dataset in loaded.items():
         target = SPLIT_NAMES.get(str(split).lower())
@@ -186,7 +207,9 @@ def _read_hub(source: str, columns: Columns) -> dict[str, Dataset]:
         resolved = _resolve(f"{source} ({split})", dataset.column_names, columns, True)
         names = getattr(dataset.features[resolved.label], "names", None)
 
-        def convert(row: dict[str, Any], index: int, resolved: Columns = resolved, names: Any = names) -> dict[str, Any]:
+        def convert(
+            row: dict[str, Any], index: int, resolved: Columns = resolved, names: Any = names
+        ) -> dict[str, Any]:
             if names:
                 value = row[resolved.label]
                 row = {**row, resolved.label: names[value] if value is not None and value >= 0 else None}
@@ -194,7 +217,9 @@ def _read_hub(source: str, columns: Columns) -> dict[str, Dataset]:
 
         splits[target] = dataset.map(convert, with_indices=True, remove_columns=dataset.column_names)
     if "train" not in splits:
-        raise DistillError(f"--data {source}: no train split, only {', '.join(map(str, loaded))}; choose another dataset")
+        raise DistillError(
+            f"--data {source}: no train split, only {', '.join(map(str, loaded))}; choose another dataset"
+        )
     return splits
 
 
@@ -204,7 +229,12 @@ def _read(source: str, columns: Columns) -> dict[str, Dataset]:
         return _read_folder(path, columns)
     if path.is_file():
         return {"train": _read_file(path, columns)}
-    if path.suffix.lower() in SUFFIXES or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+    if (
+        path.suffix.lower() in SUFFIXES
+        or path.is_absolute()
+        or source.startswith(".")
+        or source.count("/") > 1
+    ):
         raise DistillError(f"--data {source}: no such file or folder")
     return _read_hub(source, columns)
 
@@ -243,7 +273,9 @@ def _label_names(splits: dict[str, Dataset], findings: list[Finding]) -> list[st
     unseen = [name for name in names if name not in counts["train"]]
     if unseen:
         rare = sum(counter[name] for name in unseen for counter in counts.values())
-        findings.append(Finding("label only in evaluation", "train", rare, unseen[:3], "kept, but cannot be learnt"))
+        findings.append(
+            Finding("label only in evaluation", "train", rare, unseen[:3], "kept, but cannot be learnt")
+        )
     return names
 
 
@@ -264,12 +296,18 @@ def _split(dataset: Dataset, missing: list[str], seed: int, findings: list[Findi
             chosen[name].append(rows[position * size : (position + 1) * size])
         chosen["train"].append(rows[len(missing) * size :])
     if small:
-        findings.append(Finding("class too small to split", "train", len(small), small[:3], "kept in train alone"))
+        findings.append(
+            Finding("class too small to split", "train", len(small), small[:3], "kept in train alone")
+        )
     return {name: dataset.select(np.sort(np.concatenate(parts))) for name, parts in chosen.items()}
 
 
 def load_data(
-    source: str, columns: Columns | None = None, seed: int = 42, labels: list[str] | None = None, quiet: bool = False
+    source: str,
+    columns: Columns | None = None,
+    seed: int = 42,
+    labels: list[str] | None = None,
+    quiet: bool = False,
 ) -> Data:
     """Load, check and split labelled text.
 
@@ -302,10 +340,14 @@ def load_data(
         splits |= _split(splits["train"], missing, seed, findings)
         for name in missing:
             if not len(splits[name]):
-                raise DistillError(f"--data {source}: every class is too small for a {name} split; add rows or a {name} file")
+                raise DistillError(
+                    f"--data {source}: every class is too small for a {name} split; add rows or a {name} file"
+                )
     splits = find_duplicates(splits, findings)
     if not len(splits["train"]):
-        raise DistillError(f"--data {source}: every training text is also in validation or test; nothing is left to train on")
+        raise DistillError(
+            f"--data {source}: every training text is also in validation or test; nothing is left to train on"
+        )
     index = {name: position for position, name in enumerate(names)}
     ready = DatasetDict()
     for name in ("train", "validation", "test"):
@@ -331,9 +373,17 @@ def reload_data(manifest: dict[str, Any], labels: list[str], source: str | None 
         DistillError: if the source is gone or its rows have changed since.
     """
     try:
-        data = load_data(source or manifest["source"], Columns(**manifest["columns"]), manifest["split_seed"], labels, quiet=True)
+        data = load_data(
+            source or manifest["source"],
+            Columns(**manifest["columns"]),
+            manifest["split_seed"],
+            labels,
+            quiet=True,
+        )
     except DistillError as error:
-        raise DistillError(f"{error} (the earlier stage read it; if it has moved, say where with --data)") from error
+        raise DistillError(
+            f"{error} (the earlier stage read it; if it has moved, say where with --data)"
+        ) from error
     if data.fingerprint != manifest["fingerprint"]:
         raise DistillError(
             f"--data {data.source}: its rows are not those the earlier stage was trained on, so the test split "

@@ -26,7 +26,9 @@ def _lines(file: TextIO, name: str) -> Iterator[str]:
         if not line:
             return
         if "\0" in line:
-            raise DistillError(f"{name}, line {number + 1}: a zero byte; is this UTF-16? Convert the file to UTF-8")
+            raise DistillError(
+                f"{name}, line {number + 1}: a zero byte; is this UTF-16? Convert the file to UTF-8"
+            )
         number += 1
         yield line
 
@@ -43,7 +45,9 @@ def read_csv(file: TextIO, name: str, delimiter: str = ",") -> Iterator[tuple[in
     try:
         header = next(reader, None)
         if not header:
-            raise DistillError(f"{name}: the file is empty; its first line must name the columns, as in text,label")
+            raise DistillError(
+                f"{name}: the file is empty; its first line must name the columns, as in text,label"
+            )
         if len(set(header)) < len(header):
             twice = next(column for column in header if header.count(column) > 1)
             raise DistillError(f"{name}, line 1: the column name {twice!r} appears twice; rename one")
@@ -78,7 +82,9 @@ def read_jsonl(file: TextIO, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DistillError(f"{name}, line {number}: not JSON ({error.msg}); write one object a line") from error
+            raise DistillError(
+                f"{name}, line {number}: not JSON ({error.msg}); write one object a line"
+            ) from error
         if not isinstance(row, dict):
             raise DistillError(
                 f'{name}, line {number}: {type(row).__name__} instead of an object; write {{"text": …}} on each line'

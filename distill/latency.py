@@ -14,8 +14,16 @@ def cpu_name() -> str:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
         return "unknown CPU"
-    model = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "unknown CPU")
-    known = {"avx2": "AVX2", "avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI", "avx512_bf16": "AVX512-BF16"}
+    model = next(
+        (line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")),
+        "unknown CPU",
+    )
+    known = {
+        "avx2": "AVX2",
+        "avx512_vnni": "AVX512-VNNI",
+        "avx_vnni": "AVX-VNNI",
+        "avx512_bf16": "AVX512-BF16",
+    }
     present = [name for flag, name in known.items() if f" {flag}" in info]
     return f"{model} ({os.cpu_count()} cores; {', '.join(present) or 'no AVX2'})"
 
@@ -29,7 +37,9 @@ def cpu_has_vnni() -> bool:
     return "avx512_vnni" in info or "avx_vnni" in info
 
 
-def measure(versions: Mapping[str, Callable[[str], object]], texts: Sequence[str], rounds: int = 3) -> dict[str, float]:
+def measure(
+    versions: Mapping[str, Callable[[str], object]], texts: Sequence[str], rounds: int = 3
+) -> dict[str, float]:
     """Median time of one text at a time, in milliseconds, for every version.
 
     In every round each version takes all texts, one after the other; a text's time is its best round (the

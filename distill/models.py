@@ -31,7 +31,9 @@ def choose_device(wanted: str = "auto") -> str:
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise DistillError("--device cuda: PyTorch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
+        raise DistillError(
+            "--device cuda: PyTorch sees no CUDA device; use --device cpu, or install a CUDA build of torch"
+        )
     return wanted
 
 
@@ -59,12 +61,16 @@ def choose_precision(device: str, wanted: str = "auto") -> str:
     if device == "cuda":
         native = torch.cuda.get_device_capability() >= (8, 0)
         if wanted == "bf16" and not native:
-            raise DistillError("--precision bf16: this GPU has no bf16 (compute capability below 8.0); use fp16")
+            raise DistillError(
+                "--precision bf16: this GPU has no bf16 (compute capability below 8.0); use fp16"
+            )
         return wanted if wanted != "auto" else ("bf16" if native else "fp16")
     if wanted == "fp16":
         raise DistillError("--precision fp16: only a CUDA device trains in fp16; use bf16 or fp32 on a CPU")
     if wanted == "bf16" and not cpu_has_bf16():
-        raise DistillError("--precision bf16: this CPU has no bf16 instructions and would emulate them; use fp32")
+        raise DistillError(
+            "--precision bf16: this CPU has no bf16 instructions and would emulate them; use fp32"
+        )
     return wanted if wanted != "auto" else ("bf16" if cpu_has_bf16() else "fp32")
 
 
@@ -80,7 +86,9 @@ def inference(device: str, precision: str) -> Iterator[None]:
 def loading(checkpoint: str, option: str) -> Iterator[None]:
     """Turn the many ways in which loading fails into one line."""
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
-        raise DistillError(f"{option} {checkpoint}: no config.json in this folder; name a Hugging Face checkpoint")
+        raise DistillError(
+            f"{option} {checkpoint}: no config.json in this folder; name a Hugging Face checkpoint"
+        )
     try:
         yield
     except DistillError:
@@ -111,7 +119,9 @@ def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model") ->
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, use_fast=True, trust_remote_code=False)
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     if not tokenizer.is_fast:
-        raise DistillError(f"{option} {checkpoint}: has no fast tokenizer (tokenizer.json); choose another checkpoint")
+        raise DistillError(
+            f"{option} {checkpoint}: has no fast tokenizer (tokenizer.json); choose another checkpoint"
+        )
     limits = [max_length, tokenizer.model_max_length]
     positions = getattr(config, "max_position_embeddings", None)
     if positions and positions > 0:

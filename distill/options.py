@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -41,7 +41,12 @@ def output_options(default: str) -> Callable[[Callable], Callable]:
         return _apply(
             function,
             [
-                click.option("--output", type=click.Path(path_type=Path), default=Path(default), help="Folder to write."),
+                click.option(
+                    "--output",
+                    type=click.Path(path_type=Path),
+                    default=Path(default),
+                    help="Folder to write.",
+                ),
                 click.option("--overwrite", is_flag=True, help="Replace an existing output folder."),
                 click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
             ],
@@ -58,18 +63,35 @@ def training_options(epochs: float, learning_rate: float) -> Callable[[Callable]
             function,
             [
                 click.option("--epochs", type=RATE, default=epochs, help="Passes over the training text."),
-                click.option("--max-steps", type=int, default=-1, help="Stop after this many steps; -1: no limit."),
+                click.option(
+                    "--max-steps", type=int, default=-1, help="Stop after this many steps; -1: no limit."
+                ),
                 click.option("--batch-size", type=POSITIVE, default=32, help="Texts a step, per device."),
-                click.option("--gradient-accumulation", type=POSITIVE, default=1, help="Batches per optimiser step."),
+                click.option(
+                    "--gradient-accumulation", type=POSITIVE, default=1, help="Batches per optimiser step."
+                ),
                 click.option("--gradient-checkpointing", is_flag=True, help="Trade time for memory."),
                 click.option("--learning-rate", type=RATE, default=learning_rate, help="Peak learning rate."),
                 click.option("--warmup-ratio", type=SHARE, default=0.06, help="Share of steps that warm up."),
-                click.option("--weight-decay", type=click.FloatRange(min=0), default=0.01, help="AdamW's weight decay."),
+                click.option(
+                    "--weight-decay", type=click.FloatRange(min=0), default=0.01, help="AdamW's weight decay."
+                ),
                 click.option("--max-grad-norm", type=RATE, default=1.0, help="Clip gradients to this norm."),
-                click.option("--scheduler", type=click.Choice(["linear", "cosine"]), default="linear", help="Decay."),
-                click.option("--patience", type=POSITIVE, default=3, help="Evaluations without gain before stopping."),
-                click.option("--max-length", type=click.IntRange(min=8), default=256, help="Longest text, in tokens."),
-                click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run."),
+                click.option(
+                    "--scheduler", type=click.Choice(["linear", "cosine"]), default="linear", help="Decay."
+                ),
+                click.option(
+                    "--patience", type=POSITIVE, default=3, help="Evaluations without gain before stopping."
+                ),
+                click.option(
+                    "--max-length", type=click.IntRange(min=8), default=256, help="Longest text, in tokens."
+                ),
+                click.option(
+                    "--device",
+                    type=click.Choice(["auto", "cpu", "cuda"]),
+                    default="auto",
+                    help="Where to run.",
+                ),
                 click.option(
                     "--precision",
                     type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
@@ -92,4 +114,6 @@ def show_stage(manifest: "Manifest", output: Path, as_json: bool) -> None:
     for split, metrics in manifest.metrics.items():
         figures = ", ".join(f"{name.replace('_', '-')} {value:.4f}" for name, value in metrics.items())
         click.echo(f"{split}: {figures}")
-    click.echo(f"{output}: {manifest.parameters:,} parameters, {manifest.wall_seconds:.0f} s on {manifest.device}, {manifest.precision}")
+    click.echo(
+        f"{output}: {manifest.parameters:,} parameters, {manifest.wall_seconds:.0f} s on {manifest.device}, {manifest.precision}"
+    )

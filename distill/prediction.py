@@ -36,12 +36,18 @@ def _texts(rows: Iterator[tuple[int, Row]], name: str, column: str | None, pair:
     chosen = column
     for number, row in rows:
         if chosen is None:
-            chosen = next((key for key in ("text", "sentence", "content", "review", "message") if key in row), None)
+            chosen = next(
+                (key for key in ("text", "sentence", "content", "review", "message") if key in row), None
+            )
         for wanted in (chosen, pair):
             if wanted is None and wanted is chosen:
-                raise DistillError(f"{name}: which column is the text? Found {', '.join(row)}; name it with --text-column")
+                raise DistillError(
+                    f"{name}: which column is the text? Found {', '.join(row)}; name it with --text-column"
+                )
             if wanted is not None and not isinstance(row.get(wanted), str):
-                raise DistillError(f"{name}, row {number}: no text in column {wanted!r}; found {row.get(wanted)!r}")
+                raise DistillError(
+                    f"{name}, row {number}: no text in column {wanted!r}; found {row.get(wanted)!r}"
+                )
         yield row[chosen] if pair is None else (row[chosen], row[pair])
 
 
@@ -50,13 +56,17 @@ def _writer(output: Path | None, form: str) -> Iterator[Callable[[Row], None]]:
     """Give a function that writes one row; a file appears only when all of it is there."""
     with ExitStack() as stack:
         partial = output and output.with_name(f".{output.name}.partial")
-        stream: IO[str] = stack.enter_context(partial.open("w", encoding="utf-8", newline="")) if partial else sys.stdout
+        stream: IO[str] = (
+            stack.enter_context(partial.open("w", encoding="utf-8", newline="")) if partial else sys.stdout
+        )
         table: Any = None
 
         def write_csv(row: Row) -> None:
             nonlocal table
             if table is None:
-                table = csv.DictWriter(stream, list(row), delimiter="\t" if form == "tsv" else ",", lineterminator="\n")
+                table = csv.DictWriter(
+                    stream, list(row), delimiter="\t" if form == "tsv" else ",", lineterminator="\n"
+                )
                 table.writeheader()
             table.writerow(row)
 
@@ -76,13 +86,21 @@ def _writer(output: Path | None, form: str) -> Iterator[Callable[[Row], None]]:
 
 @click.command("predict")
 @click.argument("source", default="-")
-@click.option("--bundle", type=click.Path(path_type=Path), default=Path("runs/export"), help="Folder of export.")
-@click.option("--format", "form", type=click.Choice(FORMATS), help="Of standard input [text: one text a line].")
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), default=Path("runs/export"), help="Folder of export."
+)
+@click.option(
+    "--format", "form", type=click.Choice(FORMATS), help="Of standard input [text: one text a line]."
+)
 @click.option("--text-column", help="Column with the text [found by its usual names].")
 @click.option("--text-pair-column", help="Column with a second text, for pairs.")
-@click.option("--output", type=click.Path(path_type=Path), help="File to write: .csv, .tsv or .jsonl [standard output].")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="File to write: .csv, .tsv or .jsonl [standard output]."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with every class's probability.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object a line, with every class's probability."
+)
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run.")
 @click.option("--threads", type=click.IntRange(min=1), help="Texts in flight at once [one a core].")
 def predict(
@@ -119,7 +137,12 @@ def predict(
         for (_, row), logits in zip(rows, answers, strict=False):
             probabilities = softmax(logits)
             best = int(np.argmax(probabilities))
-            extra: Row = {"prediction": classifier.labels[best], "score": round(float(probabilities[best]), 6)}
+            extra: Row = {
+                "prediction": classifier.labels[best],
+                "score": round(float(probabilities[best]), 6),
+            }
             if as_json:
-                extra["probabilities"] = dict(zip(classifier.labels, probabilities.round(6).tolist(), strict=True))
+                extra["probabilities"] = dict(
+                    zip(classifier.labels, probabilities.round(6).tolist(), strict=True)
+                )
             write({**row, **extra})

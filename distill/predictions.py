@@ -13,7 +13,9 @@ FILE = "predictions.parquet"
 EVALUATED = ("validation", "test")
 
 
-def write_predictions(folder: Path, splits: DatasetDict, logits: dict[str, dict[str, NDArray[np.float32]]]) -> None:
+def write_predictions(
+    folder: Path, splits: DatasetDict, logits: dict[str, dict[str, NDArray[np.float32]]]
+) -> None:
     """Write `predictions.parquet` with columns version, split, id, label, logits.
 
     Args:
@@ -32,7 +34,9 @@ def write_predictions(folder: Path, splits: DatasetDict, logits: dict[str, dict[
                 "split": [split] * len(values),
                 "id": list(splits[split]["id"]),
                 "label": list(splits[split]["label"]),
-                "logits": pyarrow.array(list(values.astype(np.float32)), type=pyarrow.list_(pyarrow.float32())),
+                "logits": pyarrow.array(
+                    list(values.astype(np.float32)), type=pyarrow.list_(pyarrow.float32())
+                ),
             }
             tables.append(pyarrow.table(columns))
     pyarrow.parquet.write_table(pyarrow.concat_tables(tables), folder / FILE)
@@ -51,7 +55,9 @@ def read_predictions(folder: Path, split: str) -> dict[str, dict[str, Any]]:
     try:
         table = pyarrow.parquet.read_table(path, filters=[("split", "=", split)])
     except (OSError, pyarrow.ArrowException) as error:
-        raise DistillError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run that stage again") from error
+        raise DistillError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]}); run that stage again"
+        ) from error
     found: dict[str, dict[str, Any]] = {}
     for version in dict.fromkeys(table["version"].to_pylist()):
         rows = table.filter(pyarrow.compute.equal(table["version"], version))

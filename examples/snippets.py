@@ -33,7 +33,9 @@ def open_archive(source_archive: Path) -> tarfile.TarFile:
         content = member.read() if member else b""
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256:
-        raise DistillError(f"{source_archive}: {MEMBER} has SHA-256 {digest}, expected {SHA256}; download it again")
+        raise DistillError(
+            f"{source_archive}: {MEMBER} has SHA-256 {digest}, expected {SHA256}; download it again"
+        )
     return tarfile.open(fileobj=io.BytesIO(content))
 
 
@@ -76,7 +78,7 @@ def write_snippets(source_archive: Path, folder: Path, seed: int = 42) -> None:
         rated = [snippet for source in RATED for snippet in read_snippets(archive, source)]
         unlabeled = [row[2].strip() for row in _rows(archive, f"{UNLABELED}_GroundTruth.txt")]
     groups = np.random.default_rng(seed).permutation(sorted({group for group, _, _ in rated}))
-    sizes = {group: 0 for group in groups}
+    sizes = dict.fromkeys(groups, 0)
     for group, _, _ in rated:
         sizes[group] += 1
     placed: dict[str, str] = {}

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.explain.versions import Version, read_versions, runners
+
 from distill.artifact import Manifest, check_output, publish
 from distill.data import reload_data
 from distill.errors import DistillError
-from distill.explain.versions import Version, read_versions, runners
 from distill.latency import cpu_name, measure
 from distill.metrics import Scores, score
 
@@ -36,7 +37,9 @@ def _latency(versions: list[Version], bundle: Manifest, options: ReportOptions) 
         range(min(options.texts, len(test)))
     )
     pairs = "text_pair" in test.column_names
-    texts: list[Any] = list(zip(sample["text"], sample["text_pair"], strict=True)) if pairs else list(sample["text"])
+    texts: list[Any] = (
+        list(zip(sample["text"], sample["text_pair"], strict=True)) if pairs else list(sample["text"])
+    )
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -62,8 +65,12 @@ def compile_report(options: ReportOptions) -> tuple[dict[str, Any], Manifest]:
                 "bytes": version.size,
                 "latency_ms": latency[version.name],
                 "speedup": latency[teacher.name] / latency[version.name],
-                "macro_f1_kept": own.macro_f1 / scores[teacher.name].macro_f1 if scores[teacher.name].macro_f1 else 0.0,
-                "agreement_with_teacher": float((version.logits.argmax(1) == teacher.logits.argmax(1)).mean()),
+                "macro_f1_kept": own.macro_f1 / scores[teacher.name].macro_f1
+                if scores[teacher.name].macro_f1
+                else 0.0,
+                "agreement_with_teacher": float(
+                    (version.logits.argmax(1) == teacher.logits.argmax(1)).mean()
+                ),
                 "scores": own.as_dict(),
             }
         )
@@ -97,7 +104,9 @@ def write_report(options: ReportOptions) -> dict[str, Any]:
         metrics={row["version"]: {"macro_f1": row["scores"]["macro_f1"]} for row in report["versions"]},
     )  # fmt: skip
     with publish(options.output, manifest, options.overwrite) as folder:
-        (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "report.json").write_text(
+            json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         (folder / "report.md").write_text(render(report, markdown=True), encoding="utf-8")
         (folder / "report.txt").write_text(render(report, markdown=False), encoding="utf-8")
     return report
@@ -105,7 +114,11 @@ def write_report(options: ReportOptions) -> dict[str, Any]:
 
 def render(report: dict[str, Any], markdown: bool) -> str:
     """The report as Markdown or as plain text for a terminal."""
-    parts = [_heading("Teacher, student and exported versions", 1, markdown), _verdict(report), _versions_table(report, markdown)]
+    parts = [
+        _heading("Teacher, student and exported versions", 1, markdown),
+        _verdict(report),
+        _versions_table(report, markdown),
+    ]
     parts.append(
         f"Latency: median of {report['latency_texts']} test texts, one at a time, one thread, all versions in one run, "
         f"on {report['cpu']}. Teacher and student run in PyTorch, the others in ONNX Runtime; tokenization included."
@@ -133,19 +146,35 @@ def _heading(text: str, level: int, markdown: bool) -> str:
 def _table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
     """A table whose first column is text and whose other columns are figures."""
     if markdown:
-        header, *rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]]
+        header, *rows = [
+            [cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]
+        ]
         rule = ["---", *["---:"] * (len(header) - 1)]
         return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = []
     for row in [header, *rows]:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def _versions_table(report: dict[str, Any], markdown: bool) -> str:
-    header = ["version", "macro-F1", "kept", "weighted F1", "accuracy", "agrees", "parameters", "file", "latency", "speed-up"]
+    header = [
+        "version",
+        "macro-F1",
+        "kept",
+        "weighted F1",
+        "accuracy",
+        "agrees",
+        "parameters",
+        "file",
+        "latency",
+        "speed-up",
+    ]
     rows = []
     for row in report["versions"]:
         scores = row["scores"]
@@ -188,8 +217,19 @@ def _class_table(report: dict[str, Any], markdown: bool) -> str:
 def _confusion(labels: list[str], matrix: list[list[int]], markdown: bool) -> str:
     """The matrix, or, with many classes, its largest confusions."""
     if len(labels) <= 12:
-        return _table(["", *labels], [[label, *map(str, row)] for label, row in zip(labels, matrix, strict=True)], markdown)
-    pairs = [(count, labels[i], labels[j]) for i, row in enumerate(matrix) for j, count in enumerate(row) if i != j and count]
+        return _table(
+            ["", *labels],
+            [[label, *map(str, row)] for label, row in zip(labels, matrix, strict=True)],
+            markdown,
+        )
+    pairs = [
+        (count, labels[i], labels[j])
+        for i, row in enumerate(matrix)
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
     pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
     rows = [[f"{true} → {predicted}", str(count)] for count, true, predicted in pairs[:20]]
-    return _table(["most frequent of all confusions (the whole matrix is in report.json)", "texts"], rows, markdown)
+    return _table(
+        ["most frequent of all confusions (the whole matrix is in report.json)", "texts"], rows, markdown
+    )

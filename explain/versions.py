@@ -31,15 +31,23 @@ class Version:
         return (self.folder / self.file).stat().st_size
 
 
-def read_versions(teacher: Path, student: Path, export: Path, split: str = "test") -> tuple[list[Version], Manifest]:
+def read_versions(
+    teacher: Path, student: Path, export: Path, split: str = "test"
+) -> tuple[list[Version], Manifest]:
     """Read every version's predictions; also gives the bundle's manifest.
 
     Raises:
         DistillError: if a folder is missing, or if they do not belong together.
     """
-    stages = [("train-teacher", teacher, "--teacher"), ("train-student", student, "--student"), ("export", export, "--export")]
+    stages = [
+        ("train-teacher", teacher, "--teacher"),
+        ("train-student", student, "--student"),
+        ("export", export, "--export"),
+    ]
     manifests = [read_manifest(folder, stage, option) for stage, folder, option in stages]
-    for (_, parent, _), (stage, folder, option), child in zip(stages, stages[1:], manifests[1:], strict=False):
+    for (_, parent, _), (stage, folder, option), child in zip(
+        stages, stages[1:], manifests[1:], strict=False
+    ):
         if child.parents[0]["manifest_sha256"] != manifest_hash(parent):
             raise DistillError(f"{option} {folder}: was not made from {parent}, or that has been replaced since; "
                                f"run `distill {stage} --overwrite` again")  # fmt: skip
@@ -79,5 +87,7 @@ def runners(versions: list[Version], bundle: Manifest) -> dict[str, Callable[[An
 
             found[version.name] = run
         else:
-            found[version.name] = Classifier(version.folder, provider="cpu", file=version.file, threads=1).logits
+            found[version.name] = Classifier(
+                version.folder, provider="cpu", file=version.file, threads=1
+            ).logits
     return found

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from distill.export.onnx import export_fp32, fuse
+from distill.export.quantization import Setting, Trial, choose, quantize, settings
+from distill.export.verification import compare, require_parity
 from numpy.typing import NDArray
 
 from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest, verify
 from distill.data import Data, reload_data
 from distill.errors import DistillError
-from distill.export.onnx import export_fp32, fuse
-from distill.export.quantization import Setting, Trial, choose, quantize, settings
-from distill.export.verification import compare, require_parity
 from distill.latency import cpu_name, measure
 from distill.metrics import score
 from distill.models import load_model, load_tokenizer
@@ -102,7 +102,9 @@ def _quantized(draft: _Draft, config: Any, reference: float, max_drop: float) ->
         raise DistillError(f"--int8: no setting could quantize this graph: {failed[0].error}")
 
     def macro_f1_of(path: Path) -> float:
-        return draft.macro_f1(draft.logits(path.relative_to(draft.folder).as_posix(), "validation"), "validation")
+        return draft.macro_f1(
+            draft.logits(path.relative_to(draft.folder).as_posix(), "validation"), "validation"
+        )
 
     chosen, trials = choose(candidates, draft.latency, macro_f1_of, reference, max_drop)
     shutil.move(candidates[chosen], draft.folder / INT8)
@@ -183,7 +185,8 @@ def _fill(folder: Path, options: ExportOptions, manifest: Manifest, data: Data) 
         }
     final = "int8" if options.int8 else "onnx-fp32"
     manifest.metrics = {
-        split: score(draft.labels[split], versions[final][split].argmax(1), len(data.labels)).summary() for split in EVALUATED
+        split: score(draft.labels[split], versions[final][split].argmax(1), len(data.labels)).summary()
+        for split in EVALUATED
     }
     write_predictions(folder, data.splits, versions)
     (folder / "README.md").write_text(_model_card(manifest), encoding="utf-8")

@@ -9,9 +9,19 @@ from distill.options import output_options, show_stage
 
 
 @click.command("export")
-@click.option("--student", type=click.Path(path_type=Path), default=Path("runs/student"), help="Folder of train-student.")
+@click.option(
+    "--student",
+    type=click.Path(path_type=Path),
+    default=Path("runs/student"),
+    help="Folder of train-student.",
+)
 @click.option("--int8", is_flag=True, help="Add an INT8 file for the CPU provider.")
-@click.option("--max-drop", type=click.FloatRange(min=0), default=1.0, help="Points of validation macro-F1 that INT8 may lose.")
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    help="Points of validation macro-F1 that INT8 may lose.",
+)
 @click.option("--data", help="The data, if it has moved [where the earlier stages read it].")
 @output_options("runs/export")
 def export(as_json: bool, output: Path, **options: Any) -> None:

@@ -3,8 +3,8 @@
 import io
 import logging
 import warnings
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ def export_fp32(student: Path, folder: Path) -> Path:
 
     try:
         with _quiet():
-            main_export(str(student), folder, task="text-classification", do_validation=False, no_post_process=True)
+            main_export(
+                str(student), folder, task="text-classification", do_validation=False, no_post_process=True
+            )
     except Exception as error:  # the exporter raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise DistillError(f"--student {student}: Optimum cannot export it: {reason}") from error
@@ -47,14 +49,25 @@ def fuse(model: Path, fused: Path, config: Any) -> bool:
     """Write `model` with attention, GELU and LayerNorm fused by ONNX Runtime; False where it knows no fusion."""
     from onnxruntime.transformers.optimizer import optimize_model
 
-    known = {"bert": "bert", "distilbert": "bert", "roberta": "bert", "xlm-roberta": "bert", "electra": "bert", "mpnet": "bert"}
+    known = {
+        "bert": "bert",
+        "distilbert": "bert",
+        "roberta": "bert",
+        "xlm-roberta": "bert",
+        "electra": "bert",
+        "mpnet": "bert",
+    }
     kind = known.get(config.model_type)
     if kind is None:
         return False
     try:
         with _quiet():
             optimized = optimize_model(
-                str(model), kind, num_heads=config.num_attention_heads, hidden_size=config.hidden_size, opt_level=0
+                str(model),
+                kind,
+                num_heads=config.num_attention_heads,
+                hidden_size=config.hidden_size,
+                opt_level=0,
             )
             optimized.save_model_to_file(str(fused))
     except Exception as error:  # fusion is an offer, never a need

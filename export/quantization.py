@@ -118,7 +118,9 @@ def choose(
         if chosen is None:
             scored = macro_f1_of(path)
             drop = 100 * (reference - scored)
-            logger.info("INT8 (%s): %.2f ms, macro-F1 %.4f (%+.2f points)", setting, latencies[setting], scored, -drop)
+            logger.info(
+                "INT8 (%s): %.2f ms, macro-F1 %.4f (%+.2f points)", setting, latencies[setting], scored, -drop
+            )
             if drop <= max_drop:
                 chosen = setting
         trials.append(Trial(setting, latencies[setting], scored, path.stat().st_size))

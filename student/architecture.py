@@ -31,7 +31,9 @@ def keep_layers(model: Any, keep: int) -> Any:
     """
     total = getattr(model.config, "num_hidden_layers", 0)
     if keep > total:
-        raise DistillError(f"--layers {keep}: the student's checkpoint has only {total} layers; give at most that many")
+        raise DistillError(
+            f"--layers {keep}: the student's checkpoint has only {total} layers; give at most that many"
+        )
     kept = evenly_spaced(total, keep)
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = keep
@@ -49,7 +51,9 @@ def keep_layers(model: Any, keep: int) -> Any:
         if int(match[2]) in place:
             weights[f"{name[: match.start(2)]}{place[int(match[2])]}{name[match.end(2) :]}"] = tensor
     if len(found) != total:
-        raise DistillError(f"--layers {keep}: cannot tell the layers of a {config.model_type} model apart; leave --layers out")
+        raise DistillError(
+            f"--layers {keep}: cannot tell the layers of a {config.model_type} model apart; leave --layers out"
+        )
     student = AutoModelForSequenceClassification.from_config(config)
     student.load_state_dict(weights, strict=True)
     return student

@@ -9,10 +9,17 @@ from distill.options import POSITIVE, RATE, SHARE, output_options, show_stage, t
 
 
 @click.command("train-student")
-@click.option("--teacher", type=click.Path(path_type=Path), default=Path("runs/teacher"), help="Folder of train-teacher.")
+@click.option(
+    "--teacher",
+    type=click.Path(path_type=Path),
+    default=Path("runs/teacher"),
+    help="Folder of train-teacher.",
+)
 @click.option("--data", help="The teacher's data, if it has moved [where the teacher read it].")
 @click.option("--student", help="Pre-trained checkpoint to start from [the teacher's own base checkpoint].")
-@click.option("--layers", type=POSITIVE, help="Keep this many layers, evenly spaced [half, without --student].")
+@click.option(
+    "--layers", type=POSITIVE, help="Keep this many layers, evenly spaced [half, without --student]."
+)
 @click.option("--unlabeled", help="File with more texts, which only the teacher labels.")
 @click.option("--temperature", type=RATE, default=2.0, help="Softens teacher and student alike.")
 @click.option("--alpha", type=SHARE, default=0.9, help="Share of the soft labels in the loss.")

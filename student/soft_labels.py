@@ -14,7 +14,7 @@ from distill.models import choose_device, choose_precision, load_model, load_tok
 from distill.trainer import predict_logits
 
 logger = logging.getLogger(__name__)
-CHUNK = 20_000
+CHUNK = 5_000
 
 
 def _read(folder: Path, classes: int) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
@@ -41,11 +41,13 @@ def _write(folder: Path, ids: NDArray[np.str_], logits: NDArray[np.float32]) -> 
     os.replace(partial, path)
 
 
-def teacher_logits(teacher: Path, manifest: Manifest, dataset: Dataset, device: str, precision: str) -> NDArray[np.float32]:
+def teacher_logits(
+    teacher: Path, manifest: Manifest, dataset: Dataset, device: str, precision: str
+) -> NDArray[np.float32]:
     """Give the teacher's logits for every row, shape (n, classes), running the teacher only on texts it has not seen.
 
     They are kept in `soft_labels/` beside the teacher's folder, under the hash of the teacher's manifest, in
-    parts of 20,000 texts, so that an interrupted run loses at most one part.
+    parts of 5,000 texts, so that an interrupted run loses at most one part.
 
     Args:
         teacher: the teacher's folder.
@@ -69,7 +71,11 @@ def teacher_logits(teacher: Path, manifest: Manifest, dataset: Dataset, device: 
         started = time.monotonic()
         for start in range(0, len(missing), CHUNK):
             rows = missing[start : start + CHUNK]
-            _write(folder, wanted[rows], predict_logits(model, tokenizer, dataset.select(rows), device, precision))
+            _write(
+                folder,
+                wanted[rows],
+                predict_logits(model, tokenizer, dataset.select(rows), device, precision),
+            )
             done = start + len(rows)
             left = (time.monotonic() - started) / done * (len(missing) - done)
             logger.info("Soft labels: %d of %d, %d s left", done, len(missing), left)

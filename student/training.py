@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from distill.student.architecture import keep_layers
+from distill.student.losses import UNLABELED, distillation_loss
+from distill.student.soft_labels import teacher_logits
 from transformers import set_seed
 
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
@@ -17,10 +20,14 @@ from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, write_predictions
-from distill.student.architecture import keep_layers
-from distill.student.losses import UNLABELED, distillation_loss
-from distill.student.soft_labels import teacher_logits
-from distill.trainer import TrainingOptions, discard_checkpoints, fit, predict_logits, prepare_checkpoints, tokenize
+from distill.trainer import (
+    TrainingOptions,
+    discard_checkpoints,
+    fit,
+    predict_logits,
+    prepare_checkpoints,
+    tokenize,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +53,9 @@ def _check(options: StudentOptions) -> None:
     if not 0 <= options.alpha <= 1:
         raise DistillError(f"--alpha {options.alpha}: must be between 0 and 1")
     if options.unlabeled and options.alpha == 0:
-        raise DistillError("--unlabeled: with --alpha 0 the teacher's labels count for nothing; raise --alpha")
+        raise DistillError(
+            "--unlabeled: with --alpha 0 the teacher's labels count for nothing; raise --alpha"
+        )
     choose_precision(choose_device(options.device), options.precision)
 
 
@@ -94,7 +103,9 @@ def train_student(options: StudentOptions) -> Manifest:
     recipe: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in ("resume", "overwrite")}
     model, tokenizer, layers = _build(options, teacher)
     parent = manifest_hash(options.teacher)
-    resume_from = prepare_checkpoints(options, {**recipe, "teacher_hash": parent, "data_fingerprint": data.fingerprint})
+    resume_from = prepare_checkpoints(
+        options, {**recipe, "teacher_hash": parent, "data_fingerprint": data.fingerprint}
+    )
 
     texts = data.splits["train"].remove_columns("label")
     texts = texts if unlabeled is None else concatenate_datasets([texts, unlabeled])
@@ -122,7 +133,9 @@ def train_student(options: StudentOptions) -> Manifest:
         seed=options.seed,
         data={**data.manifest(), "unlabeled": len(unlabeled) if unlabeled is not None else 0},
         parents=[{"path": str(options.teacher), "manifest_sha256": parent}],
-        metrics={s: score(truth[s], predictions[s].argmax(1), len(teacher.labels)).summary() for s in EVALUATED},
+        metrics={
+            s: score(truth[s], predictions[s].argmax(1), len(teacher.labels)).summary() for s in EVALUATED
+        },
         max_length=tokenizer.model_max_length,
         parameters=count_parameters(trained.model),
         device=trained.device,
@@ -146,7 +159,9 @@ def _unlabeled(options: StudentOptions, columns: Columns, held_out: list[Dataset
     secret = {text_id for split in held_out for text_id in split["id"]}
     kept = [row for row, text_id in enumerate(dataset["id"]) if text_id not in secret]
     if len(kept) < len(dataset):
-        logger.warning("  unlabeled: text also in validation or test × %d: dropped", len(dataset) - len(kept))  # noqa: RUF001
+        logger.warning("  unlabeled: text also in validation or test × %d: dropped", len(dataset) - len(kept))
     if not kept:
-        raise DistillError(f"--unlabeled {options.unlabeled}: every text is also in validation or test; give other texts")
+        raise DistillError(
+            f"--unlabeled {options.unlabeled}: every text is also in validation or test; give other texts"
+        )
     return dataset.select(kept)

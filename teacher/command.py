@@ -13,20 +13,28 @@ from distill.options import column_options, output_options, show_stage, training
 @click.option("--model", required=True, help="Any sequence-classification checkpoint: Hub id or folder.")
 @column_options
 @click.option("--class-weights", is_flag=True, help="Weigh rare classes up (n / (classes * count)).")
-@click.option("--label-smoothing", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Label smoothing.")
+@click.option(
+    "--label-smoothing", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Label smoothing."
+)
 @training_options(epochs=3, learning_rate=5e-5)
 @output_options("runs/teacher")
 def train_teacher(
-    text_column: str | None, text_pair_column: str | None, label_column: str | None, as_json: bool, output: Path, **options: Any
+    text_column: str | None,
+    text_pair_column: str | None,
+    label_column: str | None,
+    as_json: bool,
+    output: Path,
+    **options: Any,
 ) -> None:
     """Fine-tune a large classifier on labelled text.
 
     Splits that the data lacks are made: a stratified tenth for validation and for test. The weights with the
     best validation macro-F1 are kept.
     """
-    from distill.data import Columns
     from distill.teacher.training import TeacherOptions
     from distill.teacher.training import train_teacher as run
+
+    from distill.data import Columns
 
     columns = Columns(text_column, text_pair_column, label_column)
     show_stage(run(TeacherOptions(output=output, columns=columns, **options)), output, as_json)

@@ -16,7 +16,14 @@ from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, write_predictions
-from distill.trainer import TrainingOptions, discard_checkpoints, fit, predict_logits, prepare_checkpoints, tokenize
+from distill.trainer import (
+    TrainingOptions,
+    discard_checkpoints,
+    fit,
+    predict_logits,
+    prepare_checkpoints,
+    tokenize,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,9 @@ def balanced_weights(labels: np.ndarray, classes: int) -> torch.Tensor:
     return torch.tensor(weights, dtype=torch.float32)
 
 
-def _loss(weights: torch.Tensor | None, smoothing: float) -> Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]:
+def _loss(
+    weights: torch.Tensor | None, smoothing: float
+) -> Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]:
     def cross_entropy(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         weight = weights.to(logits.device) if weights is not None else None
         return F.cross_entropy(logits, batch["labels"], weight=weight, label_smoothing=smoothing)
@@ -66,7 +75,9 @@ def train_teacher(options: TeacherOptions) -> Manifest:
     resume_from = prepare_checkpoints(options, {**recipe, "data_fingerprint": data.fingerprint})
 
     train = tokenize(data.splits["train"], tokenizer)
-    weights = balanced_weights(np.asarray(train["label"]), len(data.labels)) if options.class_weights else None
+    weights = (
+        balanced_weights(np.asarray(train["label"]), len(data.labels)) if options.class_weights else None
+    )
     validation = tokenize(data.splits["validation"], tokenizer)
     loss = _loss(weights, options.label_smoothing)
     trained = fit(model, tokenizer, train, validation, options, loss, "Teacher", resume_from)
@@ -75,7 +86,10 @@ def train_teacher(options: TeacherOptions) -> Manifest:
         split: predict_logits(trained.model, tokenizer, data.splits[split], trained.device, trained.precision)
         for split in EVALUATED
     }
-    scores = {s: score(np.asarray(data.splits[s]["label"]), logits[s].argmax(1), len(data.labels)) for s in EVALUATED}
+    scores = {
+        s: score(np.asarray(data.splits[s]["label"]), logits[s].argmax(1), len(data.labels))
+        for s in EVALUATED
+    }
     manifest = Manifest(
         stage="train-teacher",
         labels=data.labels,
