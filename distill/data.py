@@ -4,52 +4,20 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Value, disable_progress_bars, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
 
-from distill.artifact import sha256
 from distill.checks import Finding, find_duplicates, report_findings
 from distill.errors import DistillError
-from distill.files import SUFFIXES, read_rows
+from distill.sources import Columns, read_file, read_source
 
 logger = logging.getLogger(__name__)
-disable_progress_bars()
-
-TEXT_COLUMNS = (
-    "text",
-    "sentence",
-    "content",
-    "review",
-    "comment",
-    "tweet",
-    "message",
-    "utterance",
-    "document",
-    "body",
-)
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "intent", "sentiment", "y")
-SPLIT_NAMES = {
-    "train": "train", "training": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-    "test": "test", "eval": "test",
-}  # fmt: skip
 HELD_OUT = 0.1
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Column names as the user gave them; None where they are to be found."""
-
-    text: str | None = None
-    text_pair: str | None = None
-    label: str | None = None
 
 
 @dataclass
@@ -78,165 +46,6 @@ class Data:
             "rows": {name: len(split) for name, split in self.splits.items()},
             "findings": [asdict(finding) for finding in self.findings],
         }
-
-
-def text_id(text: str, text_pair: str | None = None) -> str:
-    """Name a text (or a pair) by 64 bits of its BLAKE2b hash, in hexadecimal."""
-    joined = text if text_pair is None else f"{text}\x1f{text_pair}"
-    return hashlib.blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-
-
-def _find_column(
-    place: str, present: list[str], wanted: str | None, known: tuple[str, ...], option: str
-) -> str:
-    if wanted is not None:
-        if wanted in present:
-            return wanted
-        raise DistillError(f"{place}: no column {wanted!r} ({option}); the columns are {', '.join(present)}")
-    lower = {column.lower(): column for column in reversed(present)}
-    for name in known:
-        if name in lower:
-            return lower[name]
-    raise DistillError(f"{place}: which column? Found {', '.join(present)}; name one with {option}")
-
-
-def _resolve(place: str, present: list[str], columns: Columns, labelled: bool) -> Columns:
-    text = _find_column(place, present, columns.text, TEXT_COLUMNS, "--text-column")
-    pair = columns.text_pair and _find_column(place, present, columns.text_pair, (), "--text-pair-column")
-    label = _find_column(place, present, columns.label, LABEL_COLUMNS, "--label-column") if labelled else None
-    return Columns(text, pair, label)
-
-
-def _text(value: Any, place: str, column: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DistillError(f"{place}: {column!r} holds {type(value).__name__} {str(value)[:40]!r}, not text; "
-                           "name the right column with --text-column")  # fmt: skip
-    return value if value.strip() else ""
-
-
-def _label(value: Any, place: str, column: str) -> str | None:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        return None
-    if not isinstance(value, str | int):
-        raise DistillError(f"{place}: {column!r} holds {type(value).__name__} {str(value)[:40]!r}; "
-                           "a label is one string or integer")  # fmt: skip
-    return str(value).strip() or None
-
-
-def _convert(row: dict[str, Any], place: str, columns: Columns) -> dict[str, Any]:
-    """One row of a file as the row we keep."""
-    assert columns.text is not None
-    text = _text(row.get(columns.text), place, columns.text)
-    pair = _text(row.get(columns.text_pair), place, columns.text_pair) if columns.text_pair else None
-    converted: dict[str, Any] = {"id": text_id(text, pair), "text": text}
-    if pair is not None:
-        converted["text_pair"] = pair
-    if columns.label is not None:
-        converted["label"] = _label(row.get(columns.label), place, columns.label)
-    return converted
-
-
-def _generate(path: str, stamp: str, columns: Columns, labelled: bool) -> Iterator[dict[str, Any]]:
-    """Rows of a file; `stamp` is there so that the datasets cache notices a changed file."""
-    resolved = None
-    for line, row in read_rows(Path(path)):
-        resolved = resolved or _resolve(path, list(row), columns, labelled)
-        place = f"{path}, {'row' if path.lower().endswith('.parquet') else 'line'} {line}"
-        yield {"line": line, **_convert(row, place, resolved)}
-
-
-def _read_file(path: Path, columns: Columns, labelled: bool = True) -> Dataset:
-    names = ["id", "text", *(["text_pair"] if columns.text_pair else []), *(["label"] if labelled else [])]
-    features = Features({"line": Value("int64"), **{name: Value("string") for name in names}})
-    if not path.is_file():
-        raise DistillError(f"{path}: no such file")
-    arguments = {"path": str(path), "stamp": sha256(path), "columns": columns, "labelled": labelled}
-    try:
-        dataset = Dataset.from_generator(_generate, features=features, gen_kwargs=arguments)
-    except (DatasetGenerationError, ValueError) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, DistillError):
-            cause = cause.__cause__ or cause.__context__
-        raise cause or DistillError(
-            f"{path}: no rows; the file needs a header and at least one row"
-        ) from error
-    if not len(dataset):
-        raise DistillError(f"{path}: no rows; the file needs a header and at least one row")
-    return dataset
-
-
-def _read_folder(folder: Path, columns: Columns) -> dict[str, Dataset]:
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    splits: dict[str, Path] = {}
-    for path in files:
-        name = SPLIT_NAMES.get(path.stem.lower())
-        if name in splits:
-            raise DistillError(
-                f"{folder}: both {splits[name].name} and {path.name} are {name} files; keep one"
-            )
-        if name:
-            splits[name] = path
-    if not splits and len(files) == 1:
-        splits["train"] = files[0]
-    if "train" not in splits:
-        found = ", ".join(path.name for path in files) or "no data files"
-        raise DistillError(
-            f"{folder}: no train file, only {found}; name it train.csv (or .tsv, .jsonl, .parquet)"
-        )
-    return {name: _read_file(path, columns) for name, path in splits.items()}
-
-
-def _read_hub(source: str, columns: Columns) -> dict[str, Dataset]:
-    name, _, config = source.partition(":")
-    try:
-        loaded = load_dataset(name, config or None)
-    except Exception as error:  # the Hub client raises many kinds; each ends here as one line
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DistillError(
-            f"--data {source}: no such file or folder here, and the Hub says: {reason}"
-        ) from error
-    splits: dict[str, Dataset] = {}
-    for split, dataset in loaded.items():
-        target = SPLIT_NAMES.get(str(split).lower())
-        if target is None or target in splits:
-            continue
-        resolved = _resolve(f"{source} ({split})", dataset.column_names, columns, True)
-        names = getattr(dataset.features[resolved.label], "names", None)
-
-        def convert(
-            row: dict[str, Any], index: int, resolved: Columns = resolved, names: Any = names
-        ) -> dict[str, Any]:
-            if names:
-                value = row[resolved.label]
-                row = {**row, resolved.label: names[value] if value is not None and value >= 0 else None}
-            return {"line": index, **_convert(row, f"{source}, row {index}", resolved)}
-
-        splits[target] = dataset.map(convert, with_indices=True, remove_columns=dataset.column_names)
-    if "train" not in splits:
-        raise DistillError(
-            f"--data {source}: no train split, only {', '.join(map(str, loaded))}; choose another dataset"
-        )
-    return splits
-
-
-def _read(source: str, columns: Columns) -> dict[str, Dataset]:
-    path = Path(source)
-    if path.is_dir():
-        return _read_folder(path, columns)
-    if path.is_file():
-        return {"train": _read_file(path, columns)}
-    if (
-        path.suffix.lower() in SUFFIXES
-        or path.is_absolute()
-        or source.startswith(".")
-        or source.count("/") > 1
-    ):
-        raise DistillError(f"--data {source}: no such file or folder")
-    return _read_hub(source, columns)
 
 
 def _drop_unusable(split: str, dataset: Dataset, findings: list[Finding]) -> Dataset:
@@ -302,6 +111,21 @@ def _split(dataset: Dataset, missing: list[str], seed: int, findings: list[Findi
     return {name: dataset.select(np.sort(np.concatenate(parts))) for name, parts in chosen.items()}
 
 
+def _complete(
+    source: str, splits: dict[str, Dataset], seed: int, findings: list[Finding]
+) -> dict[str, Dataset]:
+    missing = [name for name in ("validation", "test") if name not in splits]
+    if not missing:
+        return splits
+    splits = splits | _split(splits["train"], missing, seed, findings)
+    for name in missing:
+        if not len(splits[name]):
+            raise DistillError(
+                f"--data {source}: every class is too small for a {name} split; add rows or a {name} file"
+            )
+    return splits
+
+
 def load_data(
     source: str,
     columns: Columns | None = None,
@@ -324,26 +148,20 @@ def load_data(
     """
     columns = columns or Columns()
     findings: list[Finding] = []
-    raw = {name: _drop_unusable(name, dataset, findings) for name, dataset in _read(source, columns).items()}
+    found = read_source(source, columns)
+    raw = {name: _drop_unusable(name, dataset, findings) for name, dataset in found.items()}
     if not len(raw["train"]):
         raise DistillError(f"--data {source}: no row of the training split has both a text and a label")
     splits = {name: dataset for name, dataset in raw.items() if len(dataset)}
     names = _label_names(splits, findings)
-    if labels is not None:
-        unknown = [name for name in names if name not in labels]
-        if unknown:
-            raise DistillError(f"--data {source}: label {unknown[0]!r} is not one of the teacher's; "
-                               "train the teacher on this data, or correct the label")  # fmt: skip
-        names = labels
-    missing = [name for name in ("validation", "test") if name not in splits]
-    if missing:
-        splits |= _split(splits["train"], missing, seed, findings)
-        for name in missing:
-            if not len(splits[name]):
-                raise DistillError(
-                    f"--data {source}: every class is too small for a {name} split; add rows or a {name} file"
-                )
-    splits = find_duplicates(splits, findings)
+    unknown = [name for name in names if labels is not None and name not in labels]
+    if unknown:
+        raise DistillError(
+            f"--data {source}: label {unknown[0]!r} is not one of the teacher's; "
+            "train the teacher on this data, or correct the label"
+        )
+    names = labels or names
+    splits = find_duplicates(_complete(source, splits, seed, findings), findings)
     if not len(splits["train"]):
         raise DistillError(
             f"--data {source}: every training text is also in validation or test; nothing is left to train on"
@@ -386,15 +204,15 @@ def reload_data(manifest: dict[str, Any], labels: list[str], source: str | None 
         ) from error
     if data.fingerprint != manifest["fingerprint"]:
         raise DistillError(
-            f"--data {data.source}: its rows are not those the earlier stage was trained on, so the test split "
-            "could leak; bring the old file back, or train the teacher again"
+            f"--data {data.source}: its rows are not those the earlier stage was trained on, so the "
+            "test split could leak; bring the old file back, or train the teacher again"
         )
     return data
 
 
 def load_unlabeled(source: str, columns: Columns | None = None) -> Dataset:
     """Load texts without labels: columns id, text (and text_pair), empty texts dropped."""
-    dataset = _read_file(Path(source), columns or Columns(), labelled=False)
+    dataset = read_file(Path(source), columns or Columns(), labelled=False)
     kept = [index for index, text in enumerate(dataset["text"]) if text]
     if not kept:
         raise DistillError(f"--unlabeled {source}: every text is empty; give a file with texts")

@@ -1,4 +1,4 @@
-"""Rows out of CSV, TSV, JSONL and Parquet files, one at a time, with the place of everything that is wrong."""
+"""Rows out of CSV, TSV, JSONL and Parquet files, one at a time, with the place of every fault."""
 
 import csv
 import json
@@ -10,6 +10,37 @@ from distill.errors import DistillError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 MAX_FIELD = 2**24
+TEXT_COLUMNS = (
+    "text",
+    "sentence",
+    "content",
+    "review",
+    "comment",
+    "tweet",
+    "message",
+    "utterance",
+    "document",
+    "body",
+)
+
+
+def find_column(
+    place: str, present: list[str], wanted: str | None, known: tuple[str, ...], option: str
+) -> str:
+    """Give the wanted column, or the first known one that is present, whatever its case.
+
+    Raises:
+        DistillError: listing the columns at `place` and naming `option`.
+    """
+    if wanted is not None:
+        if wanted in present:
+            return wanted
+        raise DistillError(f"{place}: no column {wanted!r} ({option}); the columns are {', '.join(present)}")
+    lower = {column.lower(): column for column in reversed(present)}
+    for name in known:
+        if name in lower:
+            return lower[name]
+    raise DistillError(f"{place}: which column? Found {', '.join(present)}; name one with {option}")
 
 
 def _lines(file: TextIO, name: str) -> Iterator[str]:
@@ -64,7 +95,7 @@ def read_csv(file: TextIO, name: str, delimiter: str = ",") -> Iterator[tuple[in
                 yield line, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise DistillError(
-            f"{name}, line {reader.line_num}: {error}; close every quote, and write a quote inside a text twice"
+            f"{name}, line {reader.line_num}: {error}; close every quote, and double a quote inside a text"
         ) from error
     if count:
         line, found = ragged[0]
@@ -87,7 +118,7 @@ def read_jsonl(file: TextIO, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
             ) from error
         if not isinstance(row, dict):
             raise DistillError(
-                f'{name}, line {number}: {type(row).__name__} instead of an object; write {{"text": …}} on each line'
+                f'{name}, line {number}: {type(row).__name__}, not an object; write {{"text": …}} a line'
             )
         yield number, row
 

@@ -1,4 +1,4 @@
-"""Latency of several versions, measured in turns in one run, so that what else the machine does hits all alike."""
+"""Latency of several versions, measured in turns in one run, so that other load hits all alike."""
 
 import os
 import time
@@ -51,7 +51,7 @@ def measure(
         rounds: how often.
     """
     times = {name: np.full(len(texts), np.inf) for name in versions}
-    for name, run in versions.items():
+    for run in versions.values():
         for text in texts[:5]:
             run(text)
     for _ in range(rounds):

@@ -99,7 +99,7 @@ def loading(checkpoint: str, option: str) -> Iterator[None]:
 
 
 def load_model(checkpoint: str, labels: list[str], option: str = "--model") -> Any:
-    """Load a sequence classifier in fp32 with a head for `labels`, from safetensors alone and without remote code."""
+    """Load a sequence classifier in fp32 with a head for `labels`: safetensors alone, no remote code."""
     with loading(checkpoint, option):
         return AutoModelForSequenceClassification.from_pretrained(
             checkpoint,
@@ -114,7 +114,7 @@ def load_model(checkpoint: str, labels: list[str], option: str = "--model") -> A
 
 
 def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model") -> Any:
-    """Load a fast tokenizer that truncates at `max_length` tokens, or at what the model can take if that is less."""
+    """Load a fast tokenizer that truncates at `max_length` tokens, or at the model's own limit."""
     with loading(checkpoint, option):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, use_fast=True, trust_remote_code=False)
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)

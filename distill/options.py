@@ -115,5 +115,6 @@ def show_stage(manifest: "Manifest", output: Path, as_json: bool) -> None:
         figures = ", ".join(f"{name.replace('_', '-')} {value:.4f}" for name, value in metrics.items())
         click.echo(f"{split}: {figures}")
     click.echo(
-        f"{output}: {manifest.parameters:,} parameters, {manifest.wall_seconds:.0f} s on {manifest.device}, {manifest.precision}"
+        f"{output}: {manifest.parameters:,} parameters, {manifest.wall_seconds:.0f} s "
+        f"on {manifest.device}, {manifest.precision}"
     )

@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from distill.errors import DistillError
-from distill.files import read_csv, read_jsonl, read_rows
+from distill.files import TEXT_COLUMNS, find_column, read_csv, read_jsonl, read_rows
 
 Row = dict[str, Any]
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
@@ -33,18 +33,11 @@ def _standard_input(form: str) -> Iterator[tuple[int, Row]]:
 
 
 def _texts(rows: Iterator[tuple[int, Row]], name: str, column: str | None, pair: str | None) -> Iterator[Any]:
-    chosen = column
+    chosen = None
     for number, row in rows:
-        if chosen is None:
-            chosen = next(
-                (key for key in ("text", "sentence", "content", "review", "message") if key in row), None
-            )
-        for wanted in (chosen, pair):
-            if wanted is None and wanted is chosen:
-                raise DistillError(
-                    f"{name}: which column is the text? Found {', '.join(row)}; name it with --text-column"
-                )
-            if wanted is not None and not isinstance(row.get(wanted), str):
+        chosen = chosen or find_column(name, list(row), column, TEXT_COLUMNS, "--text-column")
+        for wanted in filter(None, (chosen, pair)):
+            if not isinstance(row.get(wanted), str):
                 raise DistillError(
                     f"{name}, row {number}: no text in column {wanted!r}; found {row.get(wanted)!r}"
                 )

@@ -1,4 +1,4 @@
-"""`Classifier`: text in, labels and probabilities out. Imports onnxruntime, tokenizers and numpy, nothing else."""
+"""`Classifier`: text in, labels and probabilities out. Imports onnxruntime, tokenizers and numpy alone."""
 
 import json
 import logging
@@ -114,7 +114,7 @@ class Classifier:
                 f"{path}: onnxruntime cannot open it: {str(error).splitlines()[0]}; export it again"
             ) from error
         if session.get_providers()[0] != name:
-            raise DistillError(f"provider {self.provider!r}: onnxruntime fell back to {session.get_providers()[0]}; "
+            raise DistillError(f"provider {self.provider!r}: fell back to {session.get_providers()[0]}; "
                                "check that its CUDA and cuDNN libraries are installed")  # fmt: skip
         return session
 

@@ -1,4 +1,4 @@
-"""What fine-tuning a teacher and training a student share: the `Trainer`, its arguments, progress and resumption."""
+"""What teacher and student training share: the `Trainer`, its arguments, progress and resumption."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Options that both training stages have. Batch size is per device; rates and shares are plain numbers."""
+    """Options that both training stages have. Batch size is per device."""
 
     output: Path
     epochs: float = 3.0
@@ -101,8 +101,10 @@ class ProgressCallback(TrainerCallback):
         """Say what validation gave."""
         metrics = metrics or {}
         if "eval_macro_f1" in metrics and state.epoch:
-            logger.info("%s: epoch %.2f, validation macro-F1 %.4f, accuracy %.4f",
-                        self.title, state.epoch, metrics["eval_macro_f1"], metrics["eval_accuracy"])  # fmt: skip
+            scores = metrics["eval_macro_f1"], metrics["eval_accuracy"]
+            logger.info(
+                "%s: epoch %.2f, validation macro-F1 %.4f, accuracy %.4f", self.title, state.epoch, *scores
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the bar away."""
@@ -116,7 +118,7 @@ def _clock(seconds: float) -> str:
 
 
 def tokenize(dataset: Dataset, tokenizer: Any) -> Dataset:
-    """Add token ids, truncated but not padded, and `length` in tokens; text columns go, other columns stay."""
+    """Add token ids (truncated, not padded) and `length` in tokens; the text columns go."""
     pairs = "text_pair" in dataset.column_names
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -200,14 +202,14 @@ def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any]) -> str
         if changed:
             key = changed[0]
             raise DistillError(
-                f"--resume: {key.replace('_', '-')} was {before.get(key)} when {folder} was written and is now "
+                f"--resume: {key.replace('_', '-')} was {before.get(key)} in {folder} and is now "
                 f"{recipe.get(key)}; give it as it was, or start again with --overwrite instead of --resume"
             )
         logger.info("Resuming from %s", last)
         return last
     if last and not options.overwrite:
         raise DistillError(
-            f"{folder}: checkpoints of an interrupted run; add --resume to go on, or --overwrite to start again"
+            f"{folder}: checkpoints of an interrupted run; --resume goes on, --overwrite starts again"
         )
     if options.resume:
         logger.info("No checkpoint in %s yet: starting from the beginning", folder)
@@ -222,6 +224,9 @@ def discard_checkpoints(options: TrainingOptions) -> None:
     shutil.rmtree(options.checkpoints, ignore_errors=True)
     if options.checkpoints.parent.is_dir() and not any(options.checkpoints.parent.iterdir()):
         options.checkpoints.parent.rmdir()
+
+
+BEYOND_THE_MODEL = ("labels", "teacher_logits")
 
 
 class LossTrainer(Trainer):
@@ -239,7 +244,7 @@ class LossTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Run the model on its own inputs and apply the loss to its logits in fp32."""
-        extra = {name: inputs[name] for name in ("labels", "teacher_logits") if name in inputs}
+        extra = {name: tensor for name, tensor in inputs.items() if name in BEYOND_THE_MODEL}
         outputs = model(**{name: value for name, value in inputs.items() if name not in extra})
         loss = self.loss(outputs.logits.float(), extra)
         return (loss, {"logits": outputs.logits}) if return_outputs else loss

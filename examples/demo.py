@@ -131,6 +131,7 @@ def demo(output: Path) -> None:
     for arguments in COMMANDS:
         _run(arguments, output)
     click.echo(
-        f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. The classifier is {output}/runs/export; try it:"
+        f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. "
+        f"The classifier is {output}/runs/export; try it:"
     )
     click.echo(f'  echo "What a lovely surprise" | distill predict --bundle {output}/runs/export')

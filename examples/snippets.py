@@ -1,4 +1,4 @@
-"""The demo's data: snippets of tweets, product reviews, editorials and film reviews, each rated by some 20 people.
+"""The demo's data: tweets and snippets of reviews and editorials, each rated by some 20 people.
 
 C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
 Text", ICWSM 2014. The ratings travel in the source archive of the package vaderSentiment.

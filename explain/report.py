@@ -100,9 +100,13 @@ def write_report(options: ReportOptions) -> dict[str, Any]:
     check_output(options.output, options.overwrite)
     report, bundle = compile_report(options)
     manifest = Manifest(
-        stage="report", labels=bundle.labels, options={"texts": options.texts}, seed=bundle.seed, data=bundle.data,
+        stage="report",
+        labels=bundle.labels,
+        options={"texts": options.texts},
+        seed=bundle.seed,
+        data=bundle.data,
         metrics={row["version"]: {"macro_f1": row["scores"]["macro_f1"]} for row in report["versions"]},
-    )  # fmt: skip
+    )
     with publish(options.output, manifest, options.overwrite) as folder:
         (folder / "report.json").write_text(
             json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -120,8 +124,9 @@ def render(report: dict[str, Any], markdown: bool) -> str:
         _versions_table(report, markdown),
     ]
     parts.append(
-        f"Latency: median of {report['latency_texts']} test texts, one at a time, one thread, all versions in one run, "
-        f"on {report['cpu']}. Teacher and student run in PyTorch, the others in ONNX Runtime; tokenization included."
+        f"Latency: median of {report['latency_texts']} test texts, one at a time, one thread, all versions "
+        f"in one run, on {report['cpu']}. Teacher and student run in PyTorch, the others in "
+        "ONNX Runtime; tokenization included."
     )
     parts += [_heading("Per class", 2, markdown), _class_table(report, markdown)]
     for row in report["versions"]:
@@ -133,9 +138,11 @@ def render(report: dict[str, Any], markdown: bool) -> str:
 def _verdict(report: dict[str, Any]) -> str:
     first, last = report["versions"][0], report["versions"][-1]
     return (
-        f"On {report['texts']:,} test texts the {last['version']} version keeps {100 * last['macro_f1_kept']:.1f} % of the teacher's "
-        f"macro-F1 ({last['scores']['macro_f1']:.4f} of {first['scores']['macro_f1']:.4f}), answers {last['speedup']:.1f} times as fast "
-        f"and is {first['bytes'] / last['bytes']:.1f} times smaller."
+        f"On {report['texts']:,} test texts the {last['version']} version keeps "
+        f"{100 * last['macro_f1_kept']:.1f} % of the teacher's macro-F1 ({last['scores']['macro_f1']:.4f} of "
+        f"{first['scores']['macro_f1']:.4f}), "
+        f"answers {last['speedup']:.1f} times as fast and "
+        f"is {first['bytes'] / last['bytes']:.1f} times smaller."
     )
 
 

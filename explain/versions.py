@@ -15,7 +15,7 @@ from distill.predictions import read_predictions
 
 @dataclass
 class Version:
-    """One version: its saved logits on the test split, shape (n, classes), and the file that holds its weights."""
+    """One version: its saved logits, shape (n, classes), and the file that holds its weights."""
 
     name: str
     folder: Path
@@ -49,11 +49,12 @@ def read_versions(
         stages, stages[1:], manifests[1:], strict=False
     ):
         if child.parents[0]["manifest_sha256"] != manifest_hash(parent):
-            raise DistillError(f"{option} {folder}: was not made from {parent}, or that has been replaced since; "
+            raise DistillError(f"{option} {folder}: was not made from the {parent} of now; "
                                f"run `distill {stage} --overwrite` again")  # fmt: skip
     bundle = manifests[-1]
-    files = {"teacher": "model.safetensors", "student": "model.safetensors",
-             "onnx-fp32": bundle.details["files"]["fp32"], "int8": bundle.details["files"]["cpu"]}  # fmt: skip
+    weights = "model.safetensors"
+    onnx = bundle.details["files"]
+    files = {"teacher": weights, "student": weights, "onnx-fp32": onnx["fp32"], "int8": onnx["cpu"]}
     versions = []
     for (_, folder, _), manifest in zip(stages, manifests, strict=True):
         for name, saved in read_predictions(folder, split).items():
@@ -61,13 +62,13 @@ def read_versions(
     first = versions[0]
     for version in versions[1:]:
         if version.ids != first.ids or not np.array_equal(version.labels, first.labels):
-            raise DistillError(f"{version.folder}: predictions are for other {split} texts than {first.folder}'s; "
+            raise DistillError(f"{version.folder}: its {split} texts are not {first.folder}'s; "
                                "train teacher and student on the same data")  # fmt: skip
     return versions, bundle
 
 
 def runners(versions: list[Version], bundle: Manifest) -> dict[str, Callable[[Any], object]]:
-    """Open every version as a function of one text, with one thread: PyTorch in fp32 for the first two, ONNX Runtime."""
+    """Open every version as a function of one text; teacher and student in PyTorch, in fp32."""
     import torch
 
     from distill.models import load_model, load_tokenizer

@@ -165,8 +165,7 @@ def _fill(folder: Path, options: ExportOptions, manifest: Manifest, data: Data) 
     pytorch = predict_logits(model, tokenizer, data.splits["validation"], "cpu", "fp32")
     fp32 = {split: draft.logits(FP32, split) for split in EVALUATED}
     parity = compare(pytorch, fp32["validation"])
-    logger.info("fp32 ONNX against PyTorch on %d validation texts: largest logit difference %.1e, %.2f %% same labels",
-                parity.texts, parity.max_logit_difference, 100 * parity.label_agreement)  # fmt: skip
+    logger.info("fp32 ONNX against PyTorch: %s", parity)
     require_parity(parity)
     manifest.details["parity"] = asdict(parity)
     manifest.details["cpu"] = cpu_name()
@@ -200,7 +199,9 @@ library_name: onnx
 ---
 # Text classifier
 
-Distilled and exported with [distill](https://pypi.org/project/distill-onnx/). Labels: {", ".join(manifest.labels)}.
+Distilled and exported with [distill](https://pypi.org/project/distill-onnx/).
+
+Labels: {", ".join(manifest.labels)}.
 
 | | |
 |---|---|

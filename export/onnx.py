@@ -27,7 +27,7 @@ def _quiet() -> Iterator[None]:
 
 
 def export_fp32(student: Path, folder: Path) -> Path:
-    """Export with Optimum; gives the path of `model.onnx` in `folder`, with config and tokenizer files beside it.
+    """Export with Optimum; gives the path of `model.onnx` in `folder`.
 
     Raises:
         DistillError: if Optimum cannot export this architecture.
@@ -46,7 +46,7 @@ def export_fp32(student: Path, folder: Path) -> Path:
 
 
 def fuse(model: Path, fused: Path, config: Any) -> bool:
-    """Write `model` with attention, GELU and LayerNorm fused by ONNX Runtime; False where it knows no fusion."""
+    """Write `model` with attention, GELU and LayerNorm fused; False where ONNX Runtime knows no fusion."""
     from onnxruntime.transformers.optimizer import optimize_model
 
     known = {

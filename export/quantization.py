@@ -74,7 +74,7 @@ def quantize(model: Path, target: Path, setting: Setting) -> None:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a setting gave: median latency in milliseconds, validation macro-F1, size in bytes, or why it failed."""
+    """What a setting gave: median milliseconds, validation macro-F1, bytes, or why it failed."""
 
     setting: Setting
     latency_ms: float = float("inf")

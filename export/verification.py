@@ -18,6 +18,12 @@ class Parity:
     max_logit_difference: float
     label_agreement: float
 
+    def __str__(self) -> str:
+        return (
+            f"largest logit difference {self.max_logit_difference:.1e}, same label for "
+            f"{100 * self.label_agreement:.2f} % of {self.texts} texts"
+        )
+
 
 def compare(reference: NDArray[np.float32], other: NDArray[np.float32]) -> Parity:
     """Compare logits of shape (n, classes)."""
@@ -36,6 +42,7 @@ def require_parity(parity: Parity) -> None:
     """
     if not parity.max_logit_difference <= MAX_LOGIT_DIFFERENCE:
         raise DistillError(
-            f"export: the ONNX graph differs from PyTorch by up to {parity.max_logit_difference:.2g} in a logit (allowed "
-            f"{MAX_LOGIT_DIFFERENCE:g}) over {parity.texts} texts; try another version of torch or optimum-onnx"
+            f"export: the ONNX graph differs from PyTorch by {parity.max_logit_difference:.2g} in a logit "
+            f"(allowed: {MAX_LOGIT_DIFFERENCE:g}) over {parity.texts} texts; try another "
+            "version of torch or optimum-onnx"
         )

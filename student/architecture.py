@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from distill.errors import DistillError
 
-# encoder.layer.3. (BERT, RoBERTa, ELECTRA, MPNet, DeBERTa), transformer.layer.3. (DistilBERT), layers.3. (ModernBERT)
+# encoder.layer.3. (BERT, RoBERTa, ELECTRA, MPNet), transformer.layer.3. (DistilBERT), layers.3. (ModernBERT)
 LAYER = re.compile(r"(?<=[.])(layers?)\.(\d+)\.")
 
 
@@ -24,7 +24,7 @@ def evenly_spaced(total: int, keep: int) -> list[int]:
 def keep_layers(model: Any, keep: int) -> Any:
     """Copy a sequence classifier with `keep` evenly spaced encoder layers; all other weights are the same.
 
-    Works on parameter names, so it holds for every encoder that numbers its layers as `layer.N` or `layers.N`.
+    Works on parameter names: for every encoder that calls its layers `layer.N` or `layers.N`.
 
     Raises:
         DistillError: if the model has fewer layers, or none that can be found.
@@ -52,7 +52,7 @@ def keep_layers(model: Any, keep: int) -> Any:
             weights[f"{name[: match.start(2)]}{place[int(match[2])]}{name[match.end(2) :]}"] = tensor
     if len(found) != total:
         raise DistillError(
-            f"--layers {keep}: cannot tell the layers of a {config.model_type} model apart; leave --layers out"
+            f"--layers {keep}: cannot tell the layers of a {config.model_type} apart; leave it out"
         )
     student = AutoModelForSequenceClassification.from_config(config)
     student.load_state_dict(weights, strict=True)

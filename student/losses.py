@@ -13,9 +13,9 @@ def distillation_loss(
     temperature: float = 2.0,
     alpha: float = 0.9,
 ) -> torch.Tensor:
-    """Soft-label loss of Hinton, Vinyals and Dean (2015), arXiv 1503.02531, with hard labels where there are any.
+    """Soft-label loss of Hinton, Vinyals and Dean (2015), arXiv 1503.02531, with hard labels if any.
 
-        L = alpha * T^2 * KL(softmax(z_teacher / T) || softmax(z_student / T)) + (1 - alpha) * CE(y, z_student)
+    L = alpha * T^2 * KL(softmax(z_teacher / T) || softmax(z_student / T)) + (1 - alpha) * CE(y, z_student)
 
     T^2 keeps the gradient of the first term at the size of the second's whatever T is (section 2 of the
     paper). Both terms are sums over the batch divided by its size; an unlabelled text has the first only.

@@ -44,7 +44,7 @@ def _write(folder: Path, ids: NDArray[np.str_], logits: NDArray[np.float32]) -> 
 def teacher_logits(
     teacher: Path, manifest: Manifest, dataset: Dataset, device: str, precision: str
 ) -> NDArray[np.float32]:
-    """Give the teacher's logits for every row, shape (n, classes), running the teacher only on texts it has not seen.
+    """Logits of the teacher for every row, shape (n, classes); the teacher runs on unknown texts alone.
 
     They are kept in `soft_labels/` beside the teacher's folder, under the hash of the teacher's manifest, in
     parts of 5,000 texts, so that an interrupted run loses at most one part.

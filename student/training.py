@@ -15,11 +15,12 @@ from distill.student.soft_labels import teacher_logits
 from transformers import set_seed
 
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
-from distill.data import Columns, load_unlabeled, reload_data
+from distill.data import load_unlabeled, reload_data
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, write_predictions
+from distill.sources import Columns
 from distill.trainer import (
     TrainingOptions,
     discard_checkpoints,

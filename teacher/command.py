@@ -34,7 +34,7 @@ def train_teacher(
     from distill.teacher.training import TeacherOptions
     from distill.teacher.training import train_teacher as run
 
-    from distill.data import Columns
+    from distill.sources import Columns
 
     columns = Columns(text_column, text_pair_column, label_column)
     show_stage(run(TeacherOptions(output=output, columns=columns, **options)), output, as_json)

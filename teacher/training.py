@@ -11,11 +11,12 @@ import torch
 from torch.nn import functional as F
 
 from distill.artifact import Manifest, publish
-from distill.data import Columns, load_data
+from distill.data import load_data
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, write_predictions
+from distill.sources import Columns
 from distill.trainer import (
     TrainingOptions,
     discard_checkpoints,
@@ -39,7 +40,7 @@ class TeacherOptions(TrainingOptions):
 
 
 def balanced_weights(labels: np.ndarray, classes: int) -> torch.Tensor:
-    """Weights n / (classes * count), as scikit-learn's "balanced"; 0 for a class without rows. Shape (classes,)."""
+    """Weights n / (classes * count), as scikit-learn's "balanced"; 0 without rows. Shape (classes,)."""
     counts = np.bincount(labels, minlength=classes)
     weights = np.divide(len(labels), classes * counts, out=np.zeros(classes), where=counts > 0)
     return torch.tensor(weights, dtype=torch.float32)

@@ -1,0 +1,193 @@
+"""Where labelled text comes from: a file, a folder of files, or the Hub; always as memory-mapped Arrow."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Value, disable_progress_bars, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from distill.artifact import sha256
+from distill.errors import DistillError
+from distill.files import SUFFIXES, TEXT_COLUMNS, find_column, read_rows
+
+disable_progress_bars()
+
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "intent", "sentiment", "y")
+SPLIT_NAMES = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "eval": "test",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column names as the user gave them; None where they are to be found."""
+
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+
+
+def text_id(text: str, text_pair: str | None = None) -> str:
+    """Name a text (or a pair) by 64 bits of its BLAKE2b hash, in hexadecimal."""
+    joined = text if text_pair is None else f"{text}\x1f{text_pair}"
+    return hashlib.blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def _resolve(place: str, present: list[str], columns: Columns, labelled: bool) -> Columns:
+    text = find_column(place, present, columns.text, TEXT_COLUMNS, "--text-column")
+    pair = columns.text_pair and find_column(place, present, columns.text_pair, (), "--text-pair-column")
+    label = find_column(place, present, columns.label, LABEL_COLUMNS, "--label-column") if labelled else None
+    return Columns(text, pair, label)
+
+
+def _text(value: Any, place: str, column: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DistillError(f"{place}: {column!r} holds {type(value).__name__} {str(value)[:40]!r}, not text; "
+                           "name the right column with --text-column")  # fmt: skip
+    return value if value.strip() else ""
+
+
+def _label(value: Any, place: str, column: str) -> str | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return None
+    if not isinstance(value, str | int):
+        raise DistillError(f"{place}: {column!r} holds {type(value).__name__} {str(value)[:40]!r}; "
+                           "a label is one string or integer")  # fmt: skip
+    return str(value).strip() or None
+
+
+def _convert(row: dict[str, Any], place: str, columns: Columns) -> dict[str, Any]:
+    """One row of a file as the row we keep."""
+    assert columns.text is not None
+    text = _text(row.get(columns.text), place, columns.text)
+    pair = _text(row.get(columns.text_pair), place, columns.text_pair) if columns.text_pair else None
+    converted: dict[str, Any] = {"id": text_id(text, pair), "text": text}
+    if pair is not None:
+        converted["text_pair"] = pair
+    if columns.label is not None:
+        converted["label"] = _label(row.get(columns.label), place, columns.label)
+    return converted
+
+
+def _generate(path: str, stamp: str, columns: Columns, labelled: bool) -> Iterator[dict[str, Any]]:
+    """Rows of a file; `stamp` is there so that the datasets cache notices a changed file."""
+    resolved = None
+    for line, row in read_rows(Path(path)):
+        resolved = resolved or _resolve(path, list(row), columns, labelled)
+        place = f"{path}, {'row' if path.lower().endswith('.parquet') else 'line'} {line}"
+        yield {"line": line, **_convert(row, place, resolved)}
+
+
+def _features(columns: Columns, labelled: bool) -> Features:
+    names = ["id", "text", *(["text_pair"] if columns.text_pair else []), *(["label"] if labelled else [])]
+    return Features({"line": Value("int64"), **{name: Value("string") for name in names}})
+
+
+def read_file(path: Path, columns: Columns, labelled: bool = True) -> Dataset:
+    """Read one file: columns line, id, text, (text_pair) and, if labelled, label; strings but for line."""
+    features = _features(columns, labelled)
+    if not path.is_file():
+        raise DistillError(f"{path}: no such file")
+    arguments = {"path": str(path), "stamp": sha256(path), "columns": columns, "labelled": labelled}
+    try:
+        dataset = Dataset.from_generator(_generate, features=features, gen_kwargs=arguments)
+    except (DatasetGenerationError, ValueError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, DistillError):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or DistillError(
+            f"{path}: no rows; the file needs a header and at least one row"
+        ) from error
+    if not len(dataset):
+        raise DistillError(f"{path}: no rows; the file needs a header and at least one row")
+    return dataset
+
+
+def _read_folder(folder: Path, columns: Columns) -> dict[str, Dataset]:
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    splits: dict[str, Path] = {}
+    for path in files:
+        name = SPLIT_NAMES.get(path.stem.lower())
+        if name in splits:
+            raise DistillError(
+                f"{folder}: both {splits[name].name} and {path.name} are {name} files; keep one"
+            )
+        if name:
+            splits[name] = path
+    if not splits and len(files) == 1:
+        splits["train"] = files[0]
+    if "train" not in splits:
+        found = ", ".join(path.name for path in files) or "no data files"
+        raise DistillError(
+            f"{folder}: no train file, only {found}; name it train.csv (or .tsv, .jsonl, .parquet)"
+        )
+    return {name: read_file(path, columns) for name, path in splits.items()}
+
+
+def _read_hub(source: str, columns: Columns) -> dict[str, Dataset]:
+    name, _, config = source.partition(":")
+    try:
+        loaded = load_dataset(name, config or None)
+    except Exception as error:  # the Hub client raises many kinds; each ends here as one line
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DistillError(
+            f"--data {source}: no such file or folder here, and the Hub says: {reason}"
+        ) from error
+    splits: dict[str, Dataset] = {}
+    for split, dataset in loaded.items():
+        target = SPLIT_NAMES.get(str(split).lower())
+        if target is None or target in splits:
+            continue
+        resolved = _resolve(f"{source} ({split})", dataset.column_names, columns, True)
+        assert resolved.label is not None
+        names = getattr(dataset.features[resolved.label], "names", None)
+
+        def convert(
+            row: dict[str, Any],
+            index: int,
+            resolved: Columns = resolved,
+            label: str = resolved.label,
+            names: Any = names,
+        ) -> dict[str, Any]:
+            if names:  # a ClassLabel; -1 stands for a missing one
+                row = {**row, label: names[row[label]] if (row[label] or 0) >= 0 else None}
+            return {"line": index, **_convert(row, f"{source}, row {index}", resolved)}
+
+        splits[target] = dataset.map(
+            convert,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            features=_features(columns, labelled=True),
+        )
+    if "train" not in splits:
+        raise DistillError(
+            f"--data {source}: no train split, only {', '.join(map(str, loaded))}; choose another dataset"
+        )
+    return splits
+
+
+def read_source(source: str, columns: Columns) -> dict[str, Dataset]:
+    """Read a file, a folder or a Hub dataset: split name -> rows as `read_file` gives them."""
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path, columns)
+    if path.is_file():
+        return {"train": read_file(path, columns)}
+    if (
+        path.suffix.lower() in SUFFIXES
+        or path.is_absolute()
+        or source.startswith(".")
+        or source.count("/") > 1
+    ):
+        raise DistillError(f"--data {source}: no such file or folder")
+    return _read_hub(source, columns)
