@@ -1,6 +1,7 @@
 """`distill predict`: texts or files in, predictions out, streaming."""
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,9 @@ FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
 
 
 def _standard_input(form: str) -> Iterator[tuple[int, Row]]:
-    stream = click.get_text_stream("stdin", encoding="utf-8")
+    stream = sys.stdin
+    assert isinstance(stream, io.TextIOWrapper)
+    stream.reconfigure(encoding="utf-8", newline="")
     if form in ("csv", "tsv"):
         yield from read_csv(stream, "standard input", "\t" if form == "tsv" else ",")
     elif form == "jsonl":
