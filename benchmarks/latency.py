@@ -1,4 +1,6 @@
-"""Latency of every version of the demo's classifier, one thread each, in one run; written to benchmarks/results/.
+"""Latency of every version of the demo's classifier, one thread each, in one run.
+
+Writes benchmarks/results/latency.json.
 
 Usage: python benchmarks/latency.py [DEMO_FOLDER], after `make demo`.
 """
