@@ -131,7 +131,8 @@ def export_student(options: ExportOptions) -> Manifest:
         labels=student.labels,
         options={k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
         seed=student.seed,
-        data=student.data,
+        # The findings quote training text, which must not travel with a bundle.
+        data={key: value for key, value in student.data.items() if key != "findings"},
         parents=[{"path": str(options.student), "manifest_sha256": manifest_hash(options.student)}],
         max_length=student.max_length,
         parameters=student.parameters,
