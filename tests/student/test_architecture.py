@@ -1,0 +1,70 @@
+import pytest
+import torch
+import transformers
+
+from distill.errors import DistillError
+from distill.student.architecture import evenly_spaced, keep_layers
+
+SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4,
+         "intermediate_size": 48, "max_position_embeddings": 40, "num_labels": 3}  # fmt: skip
+DISTIL = {"vocab_size": 60, "dim": 32, "n_layers": 6, "n_heads": 4, "hidden_dim": 48, "num_labels": 3}
+MODERN = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+FAMILIES = {
+    "bert": transformers.BertConfig(**SMALL),
+    "distilbert": transformers.DistilBertConfig(**DISTIL),
+    "roberta": transformers.RobertaConfig(**SMALL),
+    "mpnet": transformers.MPNetConfig(**SMALL),
+    "electra": transformers.ElectraConfig(**SMALL, embedding_size=32),
+    "modernbert": transformers.ModernBertConfig(**SMALL, **MODERN, reference_compile=False),
+}
+INPUTS = {"input_ids": torch.arange(5, 25).reshape(2, 10), "attention_mask": torch.ones(2, 10, dtype=torch.long)}
+
+
+def _model(family):
+    torch.manual_seed(0)
+    config = FAMILIES[family]
+    return transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_layers_and_everything_else_have_the_same_weights(family):
+    model = _model(family)
+    student = keep_layers(model, 3)
+    assert student.config.num_hidden_layers == 3
+    before, after = model.state_dict(), student.state_dict()
+    for name, tensor in after.items():
+        for new, old in enumerate([0, 2, 5]):
+            source = name.replace(f"layer.{new}.", f"layer.{old}.").replace(f"layers.{new}.", f"layers.{old}.")
+            if source != name or f"layer.{new}." in name or f"layers.{new}." in name:
+                torch.testing.assert_close(tensor, before[source])
+                break
+        else:
+            torch.testing.assert_close(tensor, before[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_student_loads_with_the_same_logits(family, tmp_path):
+    student = keep_layers(_model(family), 2).eval()
+    student.save_pretrained(tmp_path)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**INPUTS).logits, student(**INPUTS).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_every_layer_changes_nothing(family):
+    model = _model(family)
+    with torch.no_grad():
+        expected = model(**INPUTS).logits
+        torch.testing.assert_close(keep_layers(model, 6).eval()(**INPUTS).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_layers_are_evenly_spaced_from_the_first_to_the_last():
+    assert evenly_spaced(6, 3) == [0, 2, 5]
+    assert evenly_spaced(12, 4) == [0, 4, 7, 11]
+    assert evenly_spaced(12, 1) == [0]
+
+
+def test_more_layers_than_there_are_is_refused():
+    with pytest.raises(DistillError, match="--layers 7"):
+        keep_layers(_model("bert"), 7)
