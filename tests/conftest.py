@@ -45,7 +45,9 @@ def make_tokenizer():
     from transformers import BertTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER, *sum(WORDS.values(), [])]
-    tokenizer = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
+    )
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
@@ -91,10 +93,11 @@ class Chain:
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory, checkpoint: Path, data_file: Path) -> Chain:
     """Teacher, student and INT8 bundle, trained through the library's functions. Read it, never write to it."""
-    from distill import export_student, train_student, train_teacher
     from distill.export.bundle import ExportOptions
     from distill.student.training import StudentOptions
     from distill.teacher.training import TeacherOptions
+
+    from distill import export_student, train_student, train_teacher
 
     root = tmp_path_factory.mktemp("runs")
     chain = Chain(root, data_file, checkpoint, root / "teacher", root / "student", root / "export")

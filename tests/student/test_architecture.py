@@ -1,9 +1,9 @@
 import pytest
 import torch
 import transformers
+from distill.student.architecture import evenly_spaced, keep_layers
 
 from distill.errors import DistillError
-from distill.student.architecture import evenly_spaced, keep_layers
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4,
          "intermediate_size": 48, "max_position_embeddings": 40, "num_labels": 3}  # fmt: skip
@@ -17,13 +17,18 @@ FAMILIES = {
     "electra": transformers.ElectraConfig(**SMALL, embedding_size=32),
     "modernbert": transformers.ModernBertConfig(**SMALL, **MODERN, reference_compile=False),
 }
-INPUTS = {"input_ids": torch.arange(5, 25).reshape(2, 10), "attention_mask": torch.ones(2, 10, dtype=torch.long)}
+INPUTS = {
+    "input_ids": torch.arange(5, 25).reshape(2, 10),
+    "attention_mask": torch.ones(2, 10, dtype=torch.long),
+}
 
 
 def _model(family):
     torch.manual_seed(0)
     config = FAMILIES[family]
-    return transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    return transformers.AutoModelForSequenceClassification.from_config(
+        config, attn_implementation="eager"
+    ).eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -34,7 +39,9 @@ def test_kept_layers_and_everything_else_have_the_same_weights(family):
     before, after = model.state_dict(), student.state_dict()
     for name, tensor in after.items():
         for new, old in enumerate([0, 2, 5]):
-            source = name.replace(f"layer.{new}.", f"layer.{old}.").replace(f"layers.{new}.", f"layers.{old}.")
+            source = name.replace(f"layer.{new}.", f"layer.{old}.").replace(
+                f"layers.{new}.", f"layers.{old}."
+            )
             if source != name or f"layer.{new}." in name or f"layers.{new}." in name:
                 torch.testing.assert_close(tensor, before[source])
                 break
@@ -56,7 +63,9 @@ def test_keeping_every_layer_changes_nothing(family):
     model = _model(family)
     with torch.no_grad():
         expected = model(**INPUTS).logits
-        torch.testing.assert_close(keep_layers(model, 6).eval()(**INPUTS).logits, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            keep_layers(model, 6).eval()(**INPUTS).logits, expected, atol=1e-5, rtol=1e-4
+        )
 
 
 def test_layers_are_evenly_spaced_from_the_first_to_the_last():

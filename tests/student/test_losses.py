@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from distill.student.losses import UNLABELED, distillation_loss
 from scipy.special import log_softmax, rel_entr, softmax
 from torch.nn import functional as F
-
-from distill.student.losses import UNLABELED, distillation_loss
 
 
 def _case(classes=5, rows=6, seed=0):
@@ -24,7 +23,9 @@ def test_loss_equals_an_independent_computation_in_float64(temperature, alpha, c
     divergence = rel_entr(p, q).sum() / len(labels)
     entropy = -np.mean(log_softmax(student.numpy(), axis=1)[np.arange(len(labels)), labels.numpy()])
     expected = alpha * temperature**2 * divergence + (1 - alpha) * entropy
-    assert distillation_loss(student, teacher, labels, temperature, alpha).item() == pytest.approx(expected, rel=1e-10)
+    assert distillation_loss(student, teacher, labels, temperature, alpha).item() == pytest.approx(
+        expected, rel=1e-10
+    )
 
 
 def test_gradient_passes_gradcheck_with_unlabelled_rows():
