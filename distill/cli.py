@@ -75,18 +75,26 @@ def _defaults(path: Path) -> dict[str, dict[str, Any]]:
             raise click.UsageError(
                 f"{path}: [{name}] is not a command; tables are named {', '.join(COMMANDS)}"
             )
-        defaults[name] = {key.replace("-", "_"): value for key, value in options.items()}
+        defaults[name] = options
     return defaults
 
 
-def _check_options(path: Path, name: str, options: dict[str, Any], command: click.Command) -> None:
-    known = {parameter.name for parameter in command.params if parameter.name}
-    for key in options:
-        if key not in known:
-            names = ", ".join(sorted(option.replace("_", "-") for option in known))
+def _by_parameter(path: Path, name: str, options: dict[str, Any], command: click.Command) -> dict[str, Any]:
+    """Rename the file's options, spelt as on the command line, to the command's parameters."""
+    known = {
+        spelling.lstrip("-"): parameter.name
+        for parameter in command.params
+        for spelling in (parameter.opts if isinstance(parameter, click.Option) else [])
+    }
+    renamed = {}
+    for key, value in options.items():
+        parameter = known.get(key.replace("_", "-"))
+        if parameter is None:
             raise click.UsageError(
-                f"{path}: [{name}] has no option {key.replace('_', '-')!r}; it has {names}"
+                f"{path}: [{name}] has no option {key!r}; it has {', '.join(sorted(known))}"
             )
+        renamed[parameter] = value
+    return renamed
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -107,7 +115,7 @@ def cli(ctx: click.Context, config: Path | None, verbose: bool) -> None:
         if name in defaults:
             command = cli.get_command(ctx, name)
             assert command is not None
-            _check_options(path, name, defaults[name], command)
+            defaults[name] = _by_parameter(path, name, defaults[name], command)
         ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
 

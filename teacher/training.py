@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
+from transformers import set_seed
 
 from distill.artifact import Manifest, publish
 from distill.data import load_data
@@ -72,6 +73,7 @@ def train_teacher(options: TeacherOptions) -> Manifest:
     recipe: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in ("resume", "overwrite")}
     data = load_data(options.data, options.columns, options.seed)
     tokenizer = load_tokenizer(options.model, options.max_length)
+    set_seed(options.seed)  # a new head is drawn at random
     model = load_model(options.model, data.labels)
     resume_from = prepare_checkpoints(options, {**recipe, "data_fingerprint": data.fingerprint})
 

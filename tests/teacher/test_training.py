@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.utils.class_weight import compute_class_weight
+from torch.nn import functional as F
+
+from distill.artifact import read_manifest, verify
+from distill.errors import DistillError
+from distill.metrics import score
+from distill.predictions import read_predictions
+from distill.teacher.training import TeacherOptions, _loss, balanced_weights, train_teacher
+from distill.trainer import ProgressCallback
+
+LABELS = np.array([0] * 10 + [1] * 3 + [2] * 7)
+
+
+def _options(tmp_path, data_file, checkpoint, **changes):
+    common = {"epochs": 3, "learning_rate": 3e-3, "precision": "fp32", "batch_size": 16}
+    return TeacherOptions(
+        output=tmp_path / "runs" / "t", data=str(data_file), model=str(checkpoint), **{**common, **changes}
+    )
+
+
+def test_class_weights_equal_scikit_learns_balanced_weights():
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=LABELS)
+    np.testing.assert_allclose(balanced_weights(LABELS, 3).numpy(), expected, rtol=1e-6)
+    assert balanced_weights(LABELS, 4)[3] == 0
+
+
+def test_the_loss_is_torchs_weighted_and_smoothed_cross_entropy():
+    logits, labels = torch.randn(20, 3), torch.tensor(LABELS)
+    weights = balanced_weights(LABELS, 3)
+    expected = F.cross_entropy(logits, labels, weight=weights, label_smoothing=0.1)
+    torch.testing.assert_close(_loss(weights, 0.1)(logits, {"labels": labels}), expected)
+
+
+def test_the_manifest_says_what_was_done_and_the_files_match_it(chain):
+    manifest = read_manifest(chain.teacher, "train-teacher")
+    verify(chain.teacher, manifest)
+    assert manifest.labels == ["negative", "neutral", "positive"]
+    assert manifest.data["rows"] == {"train": 240, "validation": 30, "test": 30}
+    assert manifest.options["model"] == str(chain.checkpoint)
+    assert manifest.parameters > 0 and manifest.wall_seconds > 0
+    assert {"torch", "transformers"} <= manifest.versions.keys()
+    assert {"config.json", "model.safetensors", "tokenizer.json", "predictions.parquet"} <= manifest.files.keys()
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in manifest.files)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_saved_predictions_give_the_manifests_scores(chain, split):
+    saved = read_predictions(chain.teacher, split)["teacher"]
+    found = score(saved["labels"], saved["logits"].argmax(1), 3)
+    assert found.summary() == read_manifest(chain.teacher, "train-teacher").metrics[split]
+
+
+@pytest.mark.slow
+def test_the_weights_with_the_best_validation_score_are_kept(tmp_path, data_file, checkpoint, monkeypatch):
+    seen = []
+
+    def evaluated(self, args, state, control, metrics=None, **kwargs):
+        seen.append(metrics["eval_macro_f1"])
+
+    monkeypatch.setattr(ProgressCallback, "on_evaluate", evaluated)
+    manifest = train_teacher(_options(tmp_path, data_file, checkpoint, epochs=4, learning_rate=2e-2))
+    assert len(seen) == 4
+    assert manifest.metrics["validation"]["macro_f1"] == pytest.approx(max(seen), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_leaves_no_folder_and_resumes(tmp_path, data_file, checkpoint, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    options = _options(tmp_path, data_file, checkpoint)
+    whole = train_teacher(_options(tmp_path / "whole", data_file, checkpoint))
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.epoch and state.epoch > 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressCallback, "on_evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_teacher(options)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["checkpoints"]
+
+    with pytest.raises(DistillError, match="--resume goes on"):
+        train_teacher(options)
+    with pytest.raises(DistillError, match="learning-rate was 0.003"):
+        train_teacher(_options(tmp_path, data_file, checkpoint, resume=True, learning_rate=1e-3))
+    resumed = train_teacher(_options(tmp_path, data_file, checkpoint, resume=True))
+    assert "Resuming from" in caplog.text
+    assert resumed.metrics == whole.metrics
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["t"]
+    a, b = (read_predictions(path, "test")["teacher"]["logits"] for path in (tmp_path / "runs" / "t", tmp_path / "whole" / "runs" / "t"))
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_class_weights_smoothing_accumulation_and_checkpointing_run_together(tmp_path, data_file, checkpoint):
+    manifest = train_teacher(
+        _options(
+            tmp_path, data_file, checkpoint, max_steps=2, class_weights=True, label_smoothing=0.1,
+            gradient_accumulation=2, gradient_checkpointing=True, scheduler="cosine",
+        )
+    )  # fmt: skip
+    assert manifest.options["gradient_accumulation"] == 2

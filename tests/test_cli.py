@@ -1,0 +1,73 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distill.cli import COMMANDS
+
+SCRIPT = Path(sys.executable).with_name("distill")
+
+
+def test_help_answers_within_300_milliseconds():
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        subprocess.run([SCRIPT, "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - started)
+    assert min(times) <= 0.3
+
+
+def test_help_imports_nothing_heavy(tmp_path):
+    code = "import sys, distill.cli as c\ntry: c.cli(['--help'])\nexcept SystemExit: pass\nprint(sorted(sys.modules))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path
+    ).stdout
+    for command in COMMANDS:
+        assert command in shown
+    for heavy in ("torch", "transformers", "datasets", "onnxruntime", "numpy", "rich"):
+        assert f"'{heavy}'" not in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, run):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert COMMANDS[command][1].split()[0] in result.output
+
+
+@pytest.mark.parametrize("command", ["train-teacher", "train-student", "export", "report", "predict"])
+def test_every_command_shows_its_defaults(command, run):
+    assert "[default: " in run(command, "--help").output
+
+
+def test_options_come_from_distill_toml_and_what_is_typed_wins(tmp_path, monkeypatch, run, chain):
+    monkeypatch.chdir(tmp_path)
+    bundle = json.dumps(str(chain.export))
+    Path("distill.toml").write_text(f"[predict]\nbundle = {bundle}\nformat = 'jsonl'\nthreads = 1\n")
+    assert "prediction" in run("predict", input='{"text": "lovely"}\n').stdout
+    result = run("predict", "--format", "text", input='{"text": "lovely"}\n')
+    assert '"{""text"": ""lovely""}"' in result.stdout
+
+
+def test_hyphens_and_underscores_both_name_an_option(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    Path("distill.toml").write_text("[export]\nmax-drop = 2\n")
+    assert "runs/student" in run("export").stderr
+    Path("distill.toml").write_text("[export]\nmax_drop = 2\n")
+    assert "runs/student" in run("export").stderr
+
+
+def test_a_missing_extra_is_named(monkeypatch, run, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("torch", "onnxruntime"):
+
+        def missing(name=name, **_):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        monkeypatch.setattr("distill.export.command.export.callback", missing)
+        result = run("export")
+        assert result.exit_code == 1
+        assert f"distill-onnx[{'cpu' if name == 'onnxruntime' else 'train'}]" in result.stderr

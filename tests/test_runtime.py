@@ -1,0 +1,119 @@
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import make_rows
+
+from distill import Classifier, DistillError
+
+TEXTS = [text for text, _ in make_rows(50, seed=3)]
+
+
+@pytest.fixture(scope="module")
+def classifier(chain):
+    return Classifier(chain.export)
+
+
+@pytest.fixture(scope="module")
+def pipeline(chain):
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+    from transformers import AutoTokenizer
+    from transformers import pipeline as build
+
+    model = ORTModelForSequenceClassification.from_pretrained(
+        chain.export, subfolder="onnx", file_name="model_quantized.onnx"
+    )
+    return build("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(chain.export))
+
+
+def test_a_process_that_predicts_loads_neither_torch_nor_transformers(chain, tmp_path):
+    code = (
+        "import sys, distill\n"
+        f"print(distill.Classifier({str(chain.export)!r}).predict(['a lovely phone']))\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'sklearn', 'optimum', 'onnx', 'pandas', 'rich'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_optimum_and_transformers_give_the_same_answers_for_single_texts(classifier, pipeline):
+    for text in TEXTS:
+        mine, theirs = classifier(text)[0], pipeline(text)[0]
+        assert mine["label"] == theirs["label"]
+        assert mine["score"] == pytest.approx(theirs["score"], abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": None}, {"top_k": 1}, {"top_k": 2}])
+@pytest.mark.parametrize("texts", ["a lovely phone", ["a lovely phone"], TEXTS[:3]])
+def test_a_call_has_the_shape_of_a_pipelines_answer(classifier, pipeline, texts, options):
+    def shape(answer):
+        return [shape(item) for item in answer] if isinstance(answer, list) else answer["label"]
+
+    assert shape(classifier(texts, **options)) == shape(pipeline(texts, **options))
+
+
+def test_probabilities_sum_to_one_and_agree_with_labels(classifier):
+    probabilities = classifier.predict_proba(TEXTS)
+    assert probabilities.shape == (50, 3)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+    assert [classifier.labels[i] for i in probabilities.argmax(axis=1)] == classifier.predict(TEXTS)
+
+
+def test_threads_change_neither_order_nor_result(chain):
+    one, four = Classifier(chain.export, threads=1), Classifier(chain.export, threads=4)
+    np.testing.assert_array_equal(one.predict_logits(TEXTS), four.predict_logits(TEXTS))
+
+
+def test_no_texts_give_no_answers(classifier):
+    assert classifier.predict([]) == []
+    assert classifier.predict_proba([]).shape == (0, 3)
+
+
+def test_a_single_string_and_other_types_are_refused(classifier):
+    with pytest.raises(DistillError, match="give a list"):
+        classifier.predict("lovely")
+    with pytest.raises(DistillError, match=r"texts\[1\]: int"):
+        classifier.predict(["lovely", 3])
+
+
+def test_long_and_empty_texts_are_answered(classifier):
+    assert len(classifier.predict(["lovely " * 10_000, ""])) == 2
+
+
+def test_streaming_reads_only_a_little_ahead(chain):
+    taken = itertools.count()
+    answers = Classifier(chain.export, threads=2).stream_logits(
+        f"lovely {next(taken)}" for _ in range(10_000)
+    )
+    for _ in range(20):
+        next(answers)
+    assert next(taken) < 60
+
+
+def test_pairs_are_encoded_as_pairs(classifier):
+    single = classifier.logits("lovely phone awful")
+    pair = classifier.logits(("lovely phone", "awful"))
+    assert not np.allclose(single, pair)
+
+
+def test_an_unknown_provider_is_refused(chain):
+    with pytest.raises(DistillError, match="unknown; use auto, cpu or cuda"):
+        Classifier(chain.export, provider="tpu")
+
+
+def test_a_session_that_falls_back_from_cuda_is_refused(chain, monkeypatch):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession
+
+    def fallen_back(path, options, providers):
+        return session(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fallen_back)
+    with pytest.raises(DistillError, match="fell back to CPUExecutionProvider"):
+        Classifier(chain.export, provider="cuda")
