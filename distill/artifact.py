@@ -108,6 +108,7 @@ def publish(output: Path, manifest: Manifest, overwrite: bool) -> Iterator[Path]
         yield partial
         manifest.versions = _versions()
         manifest.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        (partial / MANIFEST).unlink(missing_ok=True)
         manifest.files = {
             path.relative_to(partial).as_posix(): sha256(path)
             for path in sorted(partial.rglob("*"))

@@ -2,15 +2,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows, write_csv
+from distill.student import soft_labels
+from distill.student import training as student_training
+from distill.student.soft_labels import teacher_logits
+from distill.student.training import StudentOptions, train_student
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from distill.artifact import read_manifest
 from distill.data import load_data
 from distill.models import load_model
-from distill.student import soft_labels
-from distill.student import training as student_training
-from distill.student.soft_labels import teacher_logits
-from distill.student.training import StudentOptions, train_student
 from distill.trainer import predict_logits
 
 
@@ -40,7 +40,10 @@ def test_logits_belong_to_their_rows_and_are_computed_once(chain, tmp_path, teac
     texts = load_data(str(chain.data), quiet=True).splits["train"].remove_columns("label")
     some = texts.select([5, 3, 5, 80, 3])
     found = teacher_logits(tmp_path / "teacher", manifest, some, "cpu", "fp32")
-    model, tokenizer = load_model(str(chain.teacher), manifest.labels), BertTokenizerFast.from_pretrained(chain.teacher)
+    model, tokenizer = (
+        load_model(str(chain.teacher), manifest.labels),
+        BertTokenizerFast.from_pretrained(chain.teacher),
+    )
     for row, text in zip(found, some["text"], strict=True):
         with torch.no_grad():
             expected = model(**tokenizer(text, return_tensors="pt")).logits[0].numpy()
@@ -51,7 +54,9 @@ def test_logits_belong_to_their_rows_and_are_computed_once(chain, tmp_path, teac
     np.testing.assert_array_equal(again[[5, 3]], found[[0, 1]])
 
 
-def test_the_teacher_runs_before_training_never_during_it_and_never_twice(chain, tmp_path, teacher_calls, monkeypatch):
+def test_the_teacher_runs_before_training_never_during_it_and_never_twice(
+    chain, tmp_path, teacher_calls, monkeypatch
+):
     write_csv(tmp_path / "more.csv", [(text,) for text, _ in make_rows(30, seed=5)], ("text",))
     before_training = []
     fit = student_training.fit
@@ -91,7 +96,9 @@ def test_a_student_may_start_from_the_teachers_own_layers(chain, tmp_path):
 
 def test_teacher_and_student_may_have_different_tokenizers(chain, tmp_path):
     words = sorted({word for text, _ in make_rows(300) for word in text.split()}, reverse=True)
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words[::2]]))
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words[::2]])
+    )
     tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"), model_max_length=32)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
@@ -107,7 +114,9 @@ def test_unlabelled_texts_that_test_or_validation_hold_are_dropped(chain, tmp_pa
     splits = load_data(str(chain.data), quiet=True).splits
     rows = [(splits["test"]["text"][0],), (splits["validation"]["text"][0],), ("a text of its own",)]
     write_csv(tmp_path / "more.csv", rows, ("text",))
-    manifest = train_student(_options(chain, tmp_path / "s", unlabeled=str(tmp_path / "more.csv"), max_steps=1))
+    manifest = train_student(
+        _options(chain, tmp_path / "s", unlabeled=str(tmp_path / "more.csv"), max_steps=1)
+    )
     assert manifest.data["unlabeled"] == 1
 
 

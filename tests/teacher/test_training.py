@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from distill.teacher.training import TeacherOptions, _loss, balanced_weights, train_teacher
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
@@ -8,7 +9,6 @@ from distill.artifact import read_manifest, verify
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.predictions import read_predictions
-from distill.teacher.training import TeacherOptions, _loss, balanced_weights, train_teacher
 from distill.trainer import ProgressCallback
 
 LABELS = np.array([0] * 10 + [1] * 3 + [2] * 7)
@@ -42,7 +42,12 @@ def test_the_manifest_says_what_was_done_and_the_files_match_it(chain):
     assert manifest.options["model"] == str(chain.checkpoint)
     assert manifest.parameters > 0 and manifest.wall_seconds > 0
     assert {"torch", "transformers"} <= manifest.versions.keys()
-    assert {"config.json", "model.safetensors", "tokenizer.json", "predictions.parquet"} <= manifest.files.keys()
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "predictions.parquet",
+    } <= manifest.files.keys()
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in manifest.files)
 
 
@@ -67,7 +72,9 @@ def test_the_weights_with_the_best_validation_score_are_kept(tmp_path, data_file
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_leaves_no_folder_and_resumes(tmp_path, data_file, checkpoint, monkeypatch, caplog):
+def test_an_interrupted_run_leaves_no_folder_and_resumes(
+    tmp_path, data_file, checkpoint, monkeypatch, caplog
+):
     caplog.set_level("INFO")
     options = _options(tmp_path, data_file, checkpoint)
     whole = train_teacher(_options(tmp_path / "whole", data_file, checkpoint))
@@ -90,7 +97,10 @@ def test_an_interrupted_run_leaves_no_folder_and_resumes(tmp_path, data_file, ch
     assert "Resuming from" in caplog.text
     assert resumed.metrics == whole.metrics
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["t"]
-    a, b = (read_predictions(path, "test")["teacher"]["logits"] for path in (tmp_path / "runs" / "t", tmp_path / "whole" / "runs" / "t"))
+    a, b = (
+        read_predictions(path, "test")["teacher"]["logits"]
+        for path in (tmp_path / "runs" / "t", tmp_path / "whole" / "runs" / "t")
+    )
     np.testing.assert_allclose(a, b, atol=1e-4)
 
 

@@ -1,0 +1,83 @@
+import json
+
+import numpy as np
+import pytest
+from distill.export import bundle
+from distill.export.bundle import ExportOptions
+from distill.export.verification import compare, require_parity
+
+from distill import Classifier, export_student
+from distill.artifact import read_manifest, verify
+from distill.errors import DistillError
+from distill.predictions import read_predictions
+
+FILES = {
+    "README.md", "config.json", "distill.json", "onnx/model.onnx", "onnx/model_quantized.onnx",
+    "predictions.parquet", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+
+
+def test_the_bundle_holds_what_the_hub_and_optimum_expect_and_nothing_else(chain):
+    found = {path.relative_to(chain.export).as_posix() for path in chain.export.rglob("*") if path.is_file()}
+    assert found == FILES
+    manifest = read_manifest(chain.export, "export")
+    verify(chain.export, manifest)
+    assert set(manifest.files) == FILES - {"distill.json"}
+
+
+def test_the_manifest_holds_parity_settings_and_no_training_text(chain):
+    manifest = read_manifest(chain.export, "export")
+    assert manifest.details["parity"]["max_logit_difference"] < 1e-3
+    assert manifest.details["parity"]["label_agreement"] == 1.0
+    assert manifest.details["parity"]["texts"] == 30
+    assert len(manifest.details["int8"]["trials"]) >= 4
+    assert "findings" not in manifest.data
+    assert json.loads((chain.export / "config.json").read_text())["id2label"]["0"] == "negative"
+
+
+def test_saved_predictions_are_what_the_classifier_answers(chain):
+    from distill.data import load_data
+
+    texts = list(load_data(str(chain.data), quiet=True).splits["test"]["text"])
+    saved = read_predictions(chain.export, "test")
+    assert list(saved) == ["onnx-fp32", "int8"]
+    np.testing.assert_allclose(
+        Classifier(chain.export).predict_logits(texts), saved["int8"]["logits"], atol=1e-6
+    )
+    fp32 = Classifier(chain.export, file="onnx/model.onnx").predict_logits(texts)
+    np.testing.assert_allclose(fp32, saved["onnx-fp32"]["logits"], atol=1e-6)
+
+
+def test_without_int8_the_cpu_gets_the_fp32_file(chain, tmp_path):
+    manifest = export_student(ExportOptions(student=chain.student, output=tmp_path / "b"))
+    assert manifest.details["files"]["cpu"] == "onnx/model.onnx"
+    assert not (tmp_path / "b" / "onnx" / "model_quantized.onnx").exists()
+    assert Classifier(tmp_path / "b").predict(["lovely"])
+
+
+def test_an_export_that_loses_too_much_fails_and_leaves_nothing(chain, tmp_path, monkeypatch):
+    scores = iter([0.9] + [0.5] * 50)
+    monkeypatch.setattr(bundle._Draft, "macro_f1", lambda self, logits, split: next(scores))
+    with pytest.raises(DistillError, match=r"loses 40\.00 points"):
+        export_student(ExportOptions(student=chain.student, output=tmp_path / "b", int8=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["export_fp32", "_quantized", "write_predictions"])
+def test_an_interrupted_export_leaves_nothing(chain, tmp_path, monkeypatch, step):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_student(ExportOptions(student=chain.student, output=tmp_path / "b", int8=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_differs_from_pytorch_is_refused():
+    reference = np.zeros((4, 2), dtype=np.float32)
+    require_parity(compare(reference, reference + 1e-4))
+    with pytest.raises(DistillError, match=r"by 0\.5 in a logit"):
+        require_parity(compare(reference, reference + 0.5))
+    with pytest.raises(DistillError):
+        require_parity(compare(reference, reference * np.nan))
