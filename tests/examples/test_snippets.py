@@ -4,9 +4,9 @@ import io
 import tarfile
 
 import pytest
+from distill.examples import snippets
 
 from distill.errors import DistillError
-from distill.examples import snippets
 
 
 def _tar(files):
