@@ -108,7 +108,7 @@ def test_a_session_that_falls_back_from_cuda_is_refused(chain, monkeypatch):
 
     session = onnxruntime.InferenceSession
 
-    def fallen_back(path, options, providers):
+    def fallen_back(path, options, providers, **kwargs):
         return session(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(
