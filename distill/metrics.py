@@ -45,11 +45,29 @@ def _ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> 
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 
-def score(labels: Labels, predictions: Labels, classes: int) -> Scores:
-    """Score predictions against true labels.
+def f1_scores(
+    hits: NDArray[Any], support: NDArray[Any], predicted: NDArray[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """F1 of every class and their macro average, from counts.
 
     The macro average runs over the classes that occur as a true label or as a prediction, as scikit-learn's
     `f1_score(average="macro")` does.
+
+    Args:
+        hits: texts of a class that were predicted as it, shape (…, classes).
+        support: texts of a class, shape (…, classes).
+        predicted: texts predicted as a class, shape (…, classes).
+
+    Returns:
+        F1, shape (…, classes), 0 where a class does not occur; the macro average, shape (…,).
+    """
+    total = np.asarray(support + predicted, dtype=float)
+    f1 = _ratio(2.0 * hits, total)
+    return f1, f1.sum(axis=-1) / np.maximum((total > 0).sum(axis=-1), 1)
+
+
+def score(labels: Labels, predictions: Labels, classes: int) -> Scores:
+    """Score predictions against true labels; macro averages as in `f1_scores`.
 
     Args:
         labels: true classes, shape (n,), in 0..classes-1.
@@ -61,7 +79,7 @@ def score(labels: Labels, predictions: Labels, classes: int) -> Scores:
     support = confusion.sum(axis=1).astype(float)
     predicted = confusion.sum(axis=0).astype(float)
     precision, recall = _ratio(hits, predicted), _ratio(hits, support)
-    f1 = _ratio(2 * hits, support + predicted)
+    f1, macro_f1 = f1_scores(hits, support, predicted)
     present = (support + predicted) > 0
     weights = support / max(support.sum(), 1.0)
 
@@ -72,7 +90,7 @@ def score(labels: Labels, predictions: Labels, classes: int) -> Scores:
         accuracy=float(hits.sum() / max(support.sum(), 1.0)),
         macro_precision=macro(precision),
         macro_recall=macro(recall),
-        macro_f1=macro(f1),
+        macro_f1=float(macro_f1),
         weighted_precision=float(precision @ weights),
         weighted_recall=float(recall @ weights),
         weighted_f1=float(f1 @ weights),

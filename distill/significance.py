@@ -1,0 +1,127 @@
+"""How sure a comparison is: paired bootstrap intervals, McNemar's exact test, and non-inferiority."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from distill.metrics import Labels, f1_scores
+
+Samples = NDArray[np.float64]
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+CHUNK = 4_000_000
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Resampled scores of versions that answered the same texts; `[b]` is one resample, `[v]` one version.
+
+    Attributes:
+        accuracy: shape (resamples, versions).
+        macro_f1: shape (resamples, versions).
+        f1: shape (resamples, versions, classes).
+    """
+
+    accuracy: Samples
+    macro_f1: Samples
+    f1: Samples
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score, or a difference of two, with the ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def paired_bootstrap(
+    labels: Labels,
+    predictions: Sequence[Labels],
+    classes: int,
+    resamples: int = RESAMPLES,
+    seed: int = 42,
+) -> Bootstrap:
+    """Resample texts with replacement inside each class, the same texts for every version.
+
+    All three scores depend on a resample only through how often each pattern (true class; what version 1, 2, …
+    predicted) occurs in it. Those counts are multinomial within a class, so they are drawn instead of the rows:
+    the same distribution as drawing rows (Efron and Tibshirani 1993, chapter 8, with strata), at a cost that
+    grows with the number of patterns, not of texts.
+
+    Args:
+        labels: true classes, shape (n,), in 0..classes-1.
+        predictions: one array of shape (n,) a version.
+        classes: number of classes.
+        resamples: how many.
+        seed: of the generator.
+    """
+    generator = np.random.default_rng(seed)
+    patterns, counts = np.unique(np.stack([labels, *predictions]), axis=1, return_counts=True)
+    truth, predicted = patterns[0], patterns[1:]
+    versions = len(predictions)
+    support = np.bincount(labels, minlength=classes)
+    accuracy = np.empty((resamples, versions))
+    macro_f1 = np.empty((resamples, versions))
+    f1 = np.empty((resamples, versions, classes))
+    step = max(1, CHUNK // max(patterns.shape[1], versions * classes))
+    for start in range(0, resamples, step):
+        part = slice(start, min(start + step, resamples))
+        size = part.stop - part.start
+        drawn = np.empty((size, len(counts)))
+        for label in np.flatnonzero(support):
+            columns = np.flatnonzero(truth == label)
+            shares = counts[columns] / support[label]
+            drawn[:, columns] = generator.multinomial(support[label], shares, size=size)
+        for version in range(versions):
+            answers = predicted[version]
+            right = answers == truth
+            hits = drawn[:, right] @ np.eye(classes)[truth[right]]
+            answered = drawn @ np.eye(classes)[answers]
+            accuracy[part, version] = hits.sum(axis=1) / len(labels)
+            f1[part, version], macro_f1[part, version] = f1_scores(hits, support, answered)
+    return Bootstrap(accuracy, macro_f1, f1)
+
+
+def interval(value: float, samples: Samples, confidence: float = CONFIDENCE) -> Interval:
+    """Percentile interval of one score or of the difference of two, from its resampled values."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(samples, [tail, 1 - tail])
+    return Interval(float(value), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """McNemar's exact test (1947) of two versions on the same texts.
+
+    Attributes:
+        lost: texts that the reference got right and the other wrong.
+        gained: texts that the reference got wrong and the other right.
+        p_value: two-sided, of the hypothesis that both err equally often.
+    """
+
+    lost: int
+    gained: int
+    p_value: float
+
+
+def mcnemar(labels: Labels, reference: Labels, other: Labels) -> McNemar:
+    """Test whether two versions err equally often; arrays of shape (n,)."""
+    right, others = reference == labels, other == labels
+    lost, gained = int((right & ~others).sum()), int((~right & others).sum())
+    p_value = binomtest(lost, lost + gained, 0.5).pvalue if lost + gained else 1.0
+    return McNemar(lost, gained, float(p_value))
+
+
+def non_inferior(difference: Interval, margin: float) -> bool:
+    """Whether a version is shown to be at most `margin` worse: the interval's lower end is above -margin.
+
+    Args:
+        difference: the version's score less the reference's, 0 to 1.
+        margin: the loss that is tolerated, 0 to 1.
+    """
+    return difference.low >= -margin
