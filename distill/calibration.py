@@ -1,0 +1,144 @@
+"""May a probability be trusted? Calibration error, temperature scaling, and when to abstain."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+
+from distill.metrics import Labels, softmax
+
+Logits = NDArray[np.floating[Any]]
+BINS = 15
+BINNING = f"{BINS} equal-width bins of the top label's probability"
+TEMPERATURES = (0.05, 20.0)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How well probabilities say how often they are right; lower is better for all three figures.
+
+    Attributes:
+        ece: expected calibration error over `BINS` equal-width bins of the top label's probability, Guo et al.
+            2017, arXiv 1706.04599: sum over bins of (texts in bin / n) * |accuracy - mean confidence|.
+        brier: mean over texts of the squared distance between probabilities and the one-hot label (0 to 2).
+        nll: mean negative log-likelihood of the true label, in nats.
+        confidence: mean confidence of each bin that holds texts.
+        accuracy: accuracy of each bin that holds texts.
+        count: texts in each of those bins.
+    """
+
+    ece: float
+    brier: float
+    nll: float
+    confidence: list[float]
+    accuracy: list[float]
+    count: list[int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        return asdict(self)
+
+
+def nll(logits: Logits, labels: Labels, temperature: float = 1.0) -> float:
+    """Mean negative log-likelihood of `labels`, shape (n,), under softmax(logits / temperature)."""
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    return float(-log_softmax(scaled, axis=1)[np.arange(len(labels)), labels].mean())
+
+
+def calibration(logits: Logits, labels: Labels, temperature: float = 1.0) -> Calibration:
+    """Measure the calibration of softmax(logits / temperature).
+
+    Args:
+        logits: shape (n, classes).
+        labels: true classes, shape (n,).
+        temperature: see `fit_temperature`.
+    """
+    probabilities = softmax(np.asarray(logits, dtype=np.float64) / temperature)
+    top = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    # The first bin is [0, 1/15], the others are open at their lower edge.
+    bins = np.clip(np.ceil(top * BINS).astype(int) - 1, 0, BINS - 1)
+    count = np.bincount(bins, minlength=BINS)
+    full = count > 0
+    confidence = np.bincount(bins, weights=top, minlength=BINS)[full] / count[full]
+    accuracy = np.bincount(bins, weights=right, minlength=BINS)[full] / count[full]
+    one_hot = np.eye(probabilities.shape[1])[labels]
+    return Calibration(
+        ece=float(np.abs(accuracy - confidence) @ count[full] / len(labels)),
+        brier=float(((probabilities - one_hot) ** 2).sum(axis=1).mean()),
+        nll=nll(logits, labels, temperature),
+        confidence=confidence.tolist(),
+        accuracy=accuracy.tolist(),
+        count=count[full].tolist(),
+    )
+
+
+def fit_temperature(logits: Logits, labels: Labels) -> float:
+    """Fit the one number that logits are divided by so that probabilities mean what they say.
+
+    Temperature scaling (Guo et al. 2017): minimise the negative log-likelihood on held-out text. It is convex in
+    1 / T, so there is one minimum, sought between 0.05 and 20. No label changes.
+
+    Args:
+        logits: shape (n, classes), of texts that the model was not trained on.
+        labels: true classes, shape (n,).
+    """
+    low, high = TEMPERATURES
+    found = minimize_scalar(
+        lambda inverse: nll(logits, labels, 1 / inverse), bounds=(1 / high, 1 / low), method="bounded"
+    )
+    return float(1 / found.x)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is gained by answering only where the top label's probability reaches a threshold.
+
+    Attributes:
+        threshold: answer at this probability or above.
+        coverage: share of texts that are answered.
+        precision: share of answered texts that are right.
+    """
+
+    threshold: float
+    coverage: float
+    precision: float
+
+
+def risk_coverage(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> list[Selection]:
+    """Every threshold's coverage and precision, from the most to the least confident text.
+
+    Risk is 1 - precision (El-Yaniv and Wiener 2010). Texts with equal confidence are answered together.
+
+    Args:
+        confidence: probability of the top label, shape (n,).
+        right: whether it is the true one, shape (n,).
+    """
+    order = np.argsort(-confidence, kind="stable")
+    sorted_confidence, hits = confidence[order], np.cumsum(right[order])
+    last = np.flatnonzero(np.append(sorted_confidence[1:] != sorted_confidence[:-1], True))
+    return [
+        Selection(float(sorted_confidence[i]), (i + 1) / len(confidence), float(hits[i] / (i + 1)))
+        for i in last.tolist()
+    ]
+
+
+def select(confidence: NDArray[np.float64], right: NDArray[np.bool_], threshold: float) -> Selection:
+    """Coverage and precision of one threshold; precision is 1 where nothing is answered."""
+    answered = confidence >= threshold
+    precision = float(right[answered].mean()) if answered.any() else 1.0
+    return Selection(threshold, float(answered.mean()), precision)
+
+
+def threshold_for(
+    confidence: NDArray[np.float64], right: NDArray[np.bool_], precision: float
+) -> Selection | None:
+    """The threshold with the largest coverage whose precision is at least `precision`; None if there is none.
+
+    Choose it on validation text and read what it gives on test text off `select`.
+    """
+    reached = [s for s in risk_coverage(confidence, right) if s.precision >= precision]
+    return max(reached, key=lambda s: s.coverage, default=None)
