@@ -21,8 +21,8 @@ class Calibration:
     """How well probabilities say how often they are right; lower is better for all three figures.
 
     Attributes:
-        ece: expected calibration error over `BINS` equal-width bins of the top label's probability, Guo et al.
-            2017, arXiv 1706.04599: sum over bins of (texts in bin / n) * |accuracy - mean confidence|.
+        ece: expected calibration error over `BINS` equal-width bins of the top label's probability, Guo et
+            al. 2017, arXiv 1706.04599: sum over bins of (texts in bin / n) * |accuracy - mean confidence|.
         brier: mean over texts of the squared distance between probabilities and the one-hot label (0 to 2).
         nll: mean negative log-likelihood of the true label, in nats.
         confidence: mean confidence of each bin that holds texts.
@@ -79,8 +79,8 @@ def calibration(logits: Logits, labels: Labels, temperature: float = 1.0) -> Cal
 def fit_temperature(logits: Logits, labels: Labels) -> float:
     """Fit the one number that logits are divided by so that probabilities mean what they say.
 
-    Temperature scaling (Guo et al. 2017): minimise the negative log-likelihood on held-out text. It is convex in
-    1 / T, so there is one minimum, sought between 0.05 and 20. No label changes.
+    Temperature scaling (Guo et al. 2017): minimise the negative log-likelihood on held-out text. It is convex
+    in 1 / T, so there is one minimum, sought between 0.05 and 20. No label changes.
 
     Args:
         logits: shape (n, classes), of texts that the model was not trained on.

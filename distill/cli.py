@@ -23,6 +23,10 @@ COMMANDS = {
         "Write the student as a verified ONNX bundle, INT8 on request.",
     ),
     "report": ("distill.explain.command:report", "Compare teacher, student and exported versions."),
+    "explain": (
+        "distill.explain.command:explain",
+        "Say which words made each version answer as it did.",
+    ),
     "predict": ("distill.prediction:predict", "Classify texts from a file or standard input."),
     "demo": ("distill.examples.demo:demo", "Run the whole chain on real data, nothing to configure."),
 }

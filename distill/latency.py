@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def cpu_has_vnni() -> bool:
 
 
 def measure(
-    versions: Mapping[str, Callable[[str], object]], texts: Sequence[str], rounds: int = 3
+    versions: Mapping[str, Callable[[Any], object]], texts: Sequence[Any], rounds: int = 3
 ) -> dict[str, float]:
     """Median time of one text at a time, in milliseconds, for every version.
 

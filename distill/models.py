@@ -2,13 +2,15 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from distill.errors import DistillError
@@ -98,14 +100,32 @@ def loading(checkpoint: str, option: str) -> Iterator[None]:
         raise DistillError(f"{option} {checkpoint}: cannot be loaded: {reason}") from error
 
 
-def load_model(checkpoint: str, labels: list[str], option: str = "--model") -> Any:
-    """Load a sequence classifier in fp32 with a head for `labels`: safetensors alone, no remote code."""
+def load_model(
+    checkpoint: str, labels: list[str], option: str = "--model", dropout: float | None = None
+) -> Any:
+    """Load a sequence classifier in fp32 with a head for `labels`: safetensors alone, no remote code.
+
+    Args:
+        checkpoint: Hub id or folder.
+        labels: label names.
+        option: the option that named the checkpoint, for error messages.
+        dropout: put in place of every dropout probability of the checkpoint's configuration.
+    """
     with loading(checkpoint, option):
-        return AutoModelForSequenceClassification.from_pretrained(
+        config = AutoConfig.from_pretrained(
             checkpoint,
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
+            trust_remote_code=False,
+        )
+        if dropout is not None:
+            for name, value in config.to_dict().items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(config, name, dropout)
+        return AutoModelForSequenceClassification.from_pretrained(
+            checkpoint,
+            config=config,
             ignore_mismatched_sizes=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -133,6 +153,38 @@ def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model") ->
 
 
 OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}
+
+
+def batched_logits(
+    model: Any,
+    tokenizer: Any,
+    inputs: Callable[[NDArray[np.int64]], dict[str, Any]],
+    lengths: NDArray[np.int64],
+    device: str,
+    precision: str,
+    batch_tokens: int = 4096,
+) -> NDArray[np.float32]:
+    """Logits of n encoded texts, shape (n, classes), in batches of similar length, the longest first.
+
+    Args:
+        model: a sequence classifier on `device`, in evaluation mode.
+        tokenizer: its tokenizer, for padding.
+        inputs: gives the encoded texts of some rows, as lists by name.
+        lengths: tokens of each text, shape (n,).
+        device: "cpu" or "cuda".
+        precision: "fp32", "bf16" or "fp16" (autocast).
+        batch_tokens: how many padded tokens a batch may hold.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    logits = np.empty((len(lengths), model.config.num_labels), dtype=np.float32)
+    start = 0
+    with inference(device, precision):
+        while start < len(order):
+            rows = order[start : start + max(1, batch_tokens // int(lengths[order[start]]))]
+            batch = tokenizer.pad(inputs(rows), return_tensors="pt").to(device)
+            logits[rows] = model(**batch).logits.float().cpu().numpy()
+            start += len(rows)
+    return logits
 
 
 def count_parameters(model: Any) -> int:

@@ -76,6 +76,16 @@ def training_options(epochs: float, learning_rate: float) -> Callable[[Callable]
                 click.option(
                     "--weight-decay", type=click.FloatRange(min=0), default=0.01, help="AdamW's weight decay."
                 ),
+                click.option(
+                    "--dropout",
+                    type=click.FloatRange(0, 1, max_open=True),
+                    help="While training [the checkpoint's own].",
+                ),
+                click.option(
+                    "--freeze-embeddings",
+                    is_flag=True,
+                    help="Leave the word embeddings as they are: less memory and time.",
+                ),
                 click.option("--max-grad-norm", type=RATE, default=1.0, help="Clip gradients to this norm."),
                 click.option(
                     "--scheduler", type=click.Choice(["linear", "cosine"]), default="linear", help="Decay."

@@ -115,7 +115,6 @@ def predict(
 
     Every row comes back with `prediction` and `score` added, as the texts arrive.
     """
-    from distill.metrics import softmax
     from distill.runtime import Classifier
 
     target = "jsonl" if as_json else (output.suffix.lstrip(".").lower() if output else "csv")
@@ -131,7 +130,7 @@ def predict(
     answers = classifier.stream_logits(_texts(again, name, text_column, text_pair_column))
     with _writer(output, target) as write:
         for (_, row), logits in zip(rows, answers, strict=False):
-            probabilities = softmax(logits)
+            probabilities = classifier.probabilities(logits)
             best = int(np.argmax(probabilities))
             extra: Row = {
                 "prediction": classifier.labels[best],

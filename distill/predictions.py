@@ -1,7 +1,7 @@
 """Saved logits: what every later comparison reads instead of running a model again."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import DatasetDict
@@ -11,6 +11,26 @@ from distill.errors import DistillError
 
 FILE = "predictions.parquet"
 EVALUATED = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one version answered on one split, in row order.
+
+    Attributes:
+        ids: text ids, n of them.
+        labels: true classes, shape (n,).
+        logits: shape (n, classes).
+    """
+
+    ids: list[str]
+    labels: NDArray[np.int64]
+    logits: NDArray[np.float32]
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        """The most probable class of each text, shape (n,)."""
+        return self.logits.argmax(axis=1)
 
 
 def write_predictions(
@@ -42,8 +62,8 @@ def write_predictions(
     pyarrow.parquet.write_table(pyarrow.concat_tables(tables), folder / FILE)
 
 
-def read_predictions(folder: Path, split: str) -> dict[str, dict[str, Any]]:
-    """Read one split: version -> {"ids", "labels", "logits"} in row order.
+def read_predictions(folder: Path, split: str) -> dict[str, Predictions]:
+    """Read one split: version -> its predictions.
 
     Raises:
         DistillError: if the file is missing or damaged.
@@ -58,12 +78,12 @@ def read_predictions(folder: Path, split: str) -> dict[str, dict[str, Any]]:
         raise DistillError(
             f"{path}: cannot be read ({str(error).splitlines()[0]}); run that stage again"
         ) from error
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Predictions] = {}
     for version in dict.fromkeys(table["version"].to_pylist()):
         rows = table.filter(pyarrow.compute.equal(table["version"], version))
-        found[version] = {
-            "ids": rows["id"].to_pylist(),
-            "labels": np.asarray(rows["label"].to_pylist(), dtype=np.int64),
-            "logits": np.asarray(rows["logits"].to_pylist(), dtype=np.float32),
-        }
+        found[version] = Predictions(
+            ids=rows["id"].to_pylist(),
+            labels=np.asarray(rows["label"].to_pylist(), dtype=np.int64),
+            logits=np.asarray(rows["logits"].to_pylist(), dtype=np.float32),
+        )
     return found

@@ -57,10 +57,16 @@ class Classifier:
         labels: label names, in the order of the columns of `predict_proba`.
         provider: "cpu" or "cuda": what is really used.
         file: the ONNX file in use.
+        temperature: what logits are divided by before they become probabilities; 1 if not calibrated.
     """
 
     def __init__(
-        self, bundle: str | Path, provider: str = "auto", file: str | None = None, threads: int | None = None
+        self,
+        bundle: str | Path,
+        provider: str = "auto",
+        file: str | None = None,
+        threads: int | None = None,
+        calibrated: bool = True,
     ) -> None:
         """Open a bundle.
 
@@ -69,6 +75,9 @@ class Classifier:
             provider: "cpu", "cuda" (fails if CUDA is not really used) or "auto".
             file: an ONNX file inside the bundle, in place of the provider's.
             threads: texts in flight at once; the number of cores when left out.
+            calibrated: apply the temperature that export fitted on validation text, so that probabilities
+                mean what they say; without it they are the softmax that other runtimes give. Labels are the
+            same.
 
         Raises:
             DistillError: if the bundle is incomplete or the provider cannot be used.
@@ -86,6 +95,8 @@ class Classifier:
         self.max_length: int = manifest["max_length"]
         self.provider = _choose_provider(provider, details["files"])
         self.file = file or details["files"].get(self.provider) or details["files"]["fp32"]
+        fitted: dict[str, float] = details.get("temperature", {})
+        self.temperature = fitted.get(self.file, 1.0) if calibrated else 1.0
         self._tokenizer = self._open_tokenizer(folder / "tokenizer.json")
         self._threads = threads or os.cpu_count() or 1
         self._session = self._open_session(folder / self.file)
@@ -151,16 +162,20 @@ class Classifier:
         rows = list(self.stream_logits(texts))
         return np.stack(rows) if rows else np.empty((0, len(self.labels)), dtype=np.float32)
 
+    def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Calibrated probabilities of logits of shape (…, classes)."""
+        return softmax(logits.astype(np.float64) / self.temperature)
+
     def predict_proba(self, texts: Sequence[Text]) -> NDArray[np.float64]:
         """Probabilities, shape (n, classes), columns in the order of `labels`."""
-        return softmax(self.predict_logits(texts))
+        return self.probabilities(self.predict_logits(texts))
 
     def predict(self, texts: Sequence[Text]) -> list[str]:
         """The most probable label of each text."""
         return [self.labels[index] for index in self.predict_logits(texts).argmax(axis=1)]
 
     def __call__(self, texts: str | Sequence[Text], **options: Any) -> list[Any]:
-        """Answer as `transformers.pipeline("text-classification")` does.
+        """Answer as `transformers.pipeline("text-classification")` does, with calibrated scores.
 
         Args:
             texts: one text or several.

@@ -48,10 +48,10 @@ def paired_bootstrap(
 ) -> Bootstrap:
     """Resample texts with replacement inside each class, the same texts for every version.
 
-    All three scores depend on a resample only through how often each pattern (true class; what version 1, 2, …
-    predicted) occurs in it. Those counts are multinomial within a class, so they are drawn instead of the rows:
-    the same distribution as drawing rows (Efron and Tibshirani 1993, chapter 8, with strata), at a cost that
-    grows with the number of patterns, not of texts.
+    All three scores depend on a resample only through how often each pattern (true class; what version 1, 2,
+    … predicted) occurs in it. Those counts are multinomial within a class, so they are drawn instead of the
+    rows: the same distribution as drawing rows (Efron and Tibshirani 1993, chapter 8, with strata), at a cost
+    that grows with the number of patterns, not of texts.
 
     Args:
         labels: true classes, shape (n,), in 0..classes-1.

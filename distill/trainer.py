@@ -15,12 +15,13 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from distill.artifact import check_output
 from distill.errors import DistillError
 from distill.metrics import score
-from distill.models import choose_device, choose_precision
+from distill.models import batched_logits, choose_device, choose_precision
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class TrainingOptions:
     learning_rate: float = 5e-5
     warmup_ratio: float = 0.06
     weight_decay: float = 0.01
+    dropout: float | None = None
+    freeze_embeddings: bool = False
     max_grad_norm: float = 1.0
     scheduler: str = "linear"
     patience: int = 3
@@ -240,6 +243,13 @@ class LossTrainer(Trainer):
         # Our losses are means over the batch, so the Trainer must divide by the accumulation steps itself.
         self.model_accepts_loss_kwargs = False
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Group by length as the Trainer does, but from integers: a column is read cell by cell."""
+        lengths = np.asarray(self.train_dataset["length"]).tolist()
+        return LengthGroupedSampler(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths
+        )
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -285,6 +295,7 @@ def fit(
     precision = choose_precision(device, options.precision)
     set_seed(options.seed)
     classes = model.config.num_labels
+    model.get_input_embeddings().weight.requires_grad_(not options.freeze_embeddings)
 
     def evaluate(prediction: Any) -> dict[str, float]:
         return score(prediction.label_ids, prediction.predictions.argmax(axis=-1), classes).summary()
@@ -325,21 +336,11 @@ def predict_logits(
         precision: "fp32", "bf16" or "fp16" (autocast).
         batch_tokens: how many padded tokens a batch may hold.
     """
-    from distill.models import inference
-
     encoded = tokenize(dataset, tokenizer)
-    lengths = np.asarray(encoded["length"])
     inputs = encoded.select_columns(
         [name for name in tokenizer.model_input_names if name in encoded.column_names]
     )
-    order = np.argsort(-lengths, kind="stable")
-    logits = np.empty((len(dataset), model.config.num_labels), dtype=np.float32)
     model.to(device).eval()
-    start = 0
-    with inference(device, precision):
-        while start < len(order):
-            rows = order[start : start + max(1, batch_tokens // int(lengths[order[start]]))]
-            batch = tokenizer.pad(inputs[rows], return_tensors="pt").to(device)
-            logits[rows] = model(**batch).logits.float().cpu().numpy()
-            start += len(rows)
-    return logits
+    return batched_logits(
+        model, tokenizer, inputs.__getitem__, np.asarray(encoded["length"]), device, precision, batch_tokens
+    )

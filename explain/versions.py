@@ -1,94 +1,187 @@
 """The versions of one classifier that a report compares, read from the folders of the three stages."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from distill.explain.words import Text
 from numpy.typing import NDArray
 
 from distill.artifact import Manifest, manifest_hash, read_manifest
+from distill.calibration import fit_temperature
 from distill.errors import DistillError
-from distill.predictions import read_predictions
+from distill.metrics import softmax
+from distill.predictions import Predictions, read_predictions
+
+STAGES = ("train-teacher", "train-student", "export")
+OPTIONS = ("--teacher", "--student", "--export")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Version:
-    """One version: its saved logits, shape (n, classes), and the file that holds its weights."""
+    """One version: what it answered, and the file that holds its weights.
+
+    Attributes:
+        name: teacher, student, onnx-fp32 or int8.
+        folder: of the stage that wrote it.
+        file: with its weights, relative to the folder.
+        parameters: how many.
+        max_length: longest text, in tokens.
+        validation: its saved answers on validation text.
+        test: its saved answers on test text.
+        temperature: what its logits are divided by; fitted on validation text.
+    """
 
     name: str
     folder: Path
     file: str
     parameters: int
-    ids: list[str]
-    labels: NDArray[np.int64]
-    logits: NDArray[np.float32]
+    max_length: int
+    validation: Predictions
+    test: Predictions
+    temperature: float
+
+    @property
+    def in_onnx(self) -> bool:
+        """Whether ONNX Runtime runs it, and not PyTorch."""
+        return self.file.endswith(".onnx")
 
     @property
     def size(self) -> int:
         """Bytes of the file with the weights."""
         return (self.folder / self.file).stat().st_size
 
+    @property
+    def probabilities(self) -> NDArray[np.float64]:
+        """Calibrated probabilities on test text, shape (n, classes)."""
+        return softmax(self.test.logits.astype(np.float64) / self.temperature)
 
-def read_versions(
-    teacher: Path, student: Path, export: Path, split: str = "test"
-) -> tuple[list[Version], Manifest]:
+
+def read_stage(folder: Path, stage: str, option: str) -> tuple[list[Version], Manifest]:
+    """Read the versions that one stage left behind, and its manifest.
+
+    Raises:
+        DistillError: if the folder is missing, unfinished or of another stage.
+    """
+    manifest = read_manifest(folder, stage, option)
+    onnx = manifest.details.get("files", {})
+    weights = "model.safetensors"
+    files = {"teacher": weights, "student": weights, "onnx-fp32": onnx.get("fp32"), "int8": onnx.get("cpu")}
+    fitted = manifest.details.get("temperature", {})
+    validation, test = (read_predictions(folder, split) for split in ("validation", "test"))
+    versions = []
+    for name, answers in test.items():
+        held_out = validation[name]
+        temperature = fitted.get(files[name]) or fit_temperature(held_out.logits, held_out.labels)
+        versions.append(
+            Version(
+                name,
+                folder,
+                files[name],
+                manifest.parameters,
+                manifest.max_length,
+                held_out,
+                answers,
+                temperature,
+            )
+        )
+    return versions, manifest
+
+
+def read_versions(teacher: Path, student: Path, export: Path) -> tuple[list[Version], Manifest]:
     """Read every version's predictions; also gives the bundle's manifest.
 
     Raises:
         DistillError: if a folder is missing, or if they do not belong together.
     """
-    stages = [
-        ("train-teacher", teacher, "--teacher"),
-        ("train-student", student, "--student"),
-        ("export", export, "--export"),
-    ]
-    manifests = [read_manifest(folder, stage, option) for stage, folder, option in stages]
-    for (_, parent, _), (stage, folder, option), child in zip(
-        stages, stages[1:], manifests[1:], strict=False
+    folders = (teacher, student, export)
+    found = [read_stage(*place) for place in zip(folders, STAGES, OPTIONS, strict=True)]
+    manifests = [manifest for _, manifest in found]
+    for parent, folder, stage, option, child in zip(
+        folders, folders[1:], STAGES[1:], OPTIONS[1:], manifests[1:], strict=False
     ):
         if child.parents[0]["manifest_sha256"] != manifest_hash(parent):
             raise DistillError(f"{option} {folder}: was not made from the {parent} of now; "
                                f"run `distill {stage} --overwrite` again")  # fmt: skip
-    bundle = manifests[-1]
-    weights = "model.safetensors"
-    onnx = bundle.details["files"]
-    files = {"teacher": weights, "student": weights, "onnx-fp32": onnx["fp32"], "int8": onnx["cpu"]}
-    versions = []
-    for (_, folder, _), manifest in zip(stages, manifests, strict=True):
-        for name, saved in read_predictions(folder, split).items():
-            versions.append(Version(name, folder, files[name], manifest.parameters, **saved))
-    first = versions[0]
+    versions = [version for stage_versions, _ in found for version in stage_versions]
+    first = versions[0].test
     for version in versions[1:]:
-        if version.ids != first.ids or not np.array_equal(version.labels, first.labels):
-            raise DistillError(f"{version.folder}: its {split} texts are not {first.folder}'s; "
+        if version.test.ids != first.ids or not np.array_equal(version.test.labels, first.labels):
+            raise DistillError(f"{version.folder}: its test texts are not {versions[0].folder}'s; "
                                "train teacher and student on the same data")  # fmt: skip
-    return versions, bundle
+    return versions, manifests[-1]
 
 
-def runners(versions: list[Version], bundle: Manifest) -> dict[str, Callable[[Any], object]]:
-    """Open every version as a function of one text; teacher and student in PyTorch, in fp32."""
+def as_student(version: Version) -> Version:
+    """The student through its fp32 graph, which gives the same answers faster."""
+    return replace(version, name="student")
+
+
+def _open_pytorch(version: Version, labels: list[str]) -> tuple[Any, Any]:
+    from distill.models import load_model, load_tokenizer
+
+    option = f"--{version.name}"
+    model = load_model(str(version.folder), labels, option).eval()
+    return model, load_tokenizer(str(version.folder), version.max_length, option)
+
+
+def open_for_latency(version: Version, labels: list[str]) -> Callable[[Any], object]:
+    """Open a version as a function of one text, one thread; teacher and student in PyTorch, in fp32."""
     import torch
 
-    from distill.models import load_model, load_tokenizer
     from distill.runtime import Classifier
 
-    found: dict[str, Callable[[Any], object]] = {}
-    for version in versions:
-        if version.name in ("teacher", "student"):
-            stage_length = read_manifest(version.folder, f"train-{version.name}").max_length
-            model = load_model(str(version.folder), bundle.labels, f"--{version.name}").eval()
-            tokenizer = load_tokenizer(str(version.folder), stage_length, f"--{version.name}")
+    if version.in_onnx:
+        return Classifier(version.folder, provider="cpu", file=version.file, threads=1).logits
+    model, tokenizer = _open_pytorch(version, labels)
 
-            def run(text: Any, model: Any = model, tokenizer: Any = tokenizer) -> object:
-                parts = text if isinstance(text, tuple) else (text,)
-                with torch.inference_mode():
-                    return model(**tokenizer(*parts, truncation=True, return_tensors="pt")).logits
+    def run(text: Any) -> object:
+        parts = text if isinstance(text, tuple) else (text,)
+        with torch.inference_mode():
+            return model(**tokenizer(*parts, truncation=True, return_tensors="pt")).logits
 
-            found[version.name] = run
+    return run
+
+
+def open_for_explanation(
+    version: Version, labels: list[str], device: str = "auto"
+) -> Callable[[Sequence[Text]], NDArray[np.float64]]:
+    """Open a version as a fast function from n texts to calibrated probabilities, shape (n, classes).
+
+    Exported versions run in ONNX Runtime, one text at a time on every core; the others in PyTorch, in batches
+    of similar length and in the fastest precision that the device computes natively.
+    """
+    from distill.models import batched_logits, choose_device, choose_precision
+    from distill.runtime import Classifier
+
+    if version.in_onnx:
+        classifier = Classifier(version.folder, provider="cpu", file=version.file)
+        return lambda texts: softmax(
+            classifier.predict_logits(texts).astype(np.float64) / version.temperature
+        )
+    model, tokenizer = _open_pytorch(version, labels)
+    device = choose_device(device)
+    precision = choose_precision(device)
+    model.to(device)
+    # Masked texts have all lengths up to the whole text's: on a CPU, padding costs more than small batches
+    # do.
+    batch_tokens = 512 if device == "cpu" else 32_768
+
+    def probabilities(texts: Sequence[Text]) -> NDArray[np.float64]:
+        pairs = [text for text in texts if isinstance(text, tuple)]
+        if pairs:
+            encoded = tokenizer([a for a, _ in pairs], [b for _, b in pairs], truncation=True)
         else:
-            found[version.name] = Classifier(
-                version.folder, provider="cpu", file=version.file, threads=1
-            ).logits
-    return found
+            encoded = tokenizer(list(texts), truncation=True)
+        columns = {name: encoded[name] for name in tokenizer.model_input_names if name in encoded}
+        lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+
+        def inputs(rows: NDArray[np.int64]) -> dict[str, Any]:
+            return {name: [values[row] for row in rows] for name, values in columns.items()}
+
+        logits = batched_logits(model, tokenizer, inputs, lengths, device, precision, batch_tokens)
+        return softmax(logits.astype(np.float64) / version.temperature)
+
+    return probabilities

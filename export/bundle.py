@@ -16,6 +16,7 @@ from distill.export.verification import compare, require_parity
 from numpy.typing import NDArray
 
 from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest, verify
+from distill.calibration import fit_temperature
 from distill.data import Data, reload_data
 from distill.errors import DistillError
 from distill.latency import cpu_name, measure
@@ -77,7 +78,7 @@ class _Draft:
             str(setting): self.open(path.relative_to(self.folder).as_posix(), threads=1).logits
             for setting, path in candidates.items()
         }
-        measured = measure(opened, sample)  # type: ignore[arg-type]
+        measured = measure(opened, sample)
         return {setting: measured[str(setting)] for setting in candidates}
 
 
@@ -183,6 +184,12 @@ def _fill(folder: Path, options: ExportOptions, manifest: Manifest, data: Data) 
             "label_agreement": agreement.label_agreement,
             "size_ratio": sizes["int8"] / sizes["fp32"],
         }
+    # Fitted on validation text alone; `Classifier` divides the logits of each file by its temperature.
+    manifest.details["temperature"] = {
+        file: fit_temperature(versions[name]["validation"], draft.labels["validation"])
+        for name, file in (("onnx-fp32", FP32), ("int8", INT8))
+        if name in versions
+    }
     final = "int8" if options.int8 else "onnx-fp32"
     manifest.metrics = {
         split: score(draft.labels[split], versions[final][split].argmax(1), len(data.labels)).summary()

@@ -65,7 +65,7 @@ def _build(options: StudentOptions, teacher: Manifest) -> tuple[Any, Any, int]:
     checkpoint = options.student or str(teacher.options["model"])
     tokenizer = load_tokenizer(checkpoint, min(options.max_length, teacher.max_length), "--student")
     set_seed(options.seed)
-    model = load_model(checkpoint, teacher.labels, "--student")
+    model = load_model(checkpoint, teacher.labels, "--student", options.dropout)
     layers = options.layers
     if layers is None and options.student is None:
         layers = max(1, model.config.num_hidden_layers // 2)

@@ -74,7 +74,7 @@ def train_teacher(options: TeacherOptions) -> Manifest:
     data = load_data(options.data, options.columns, options.seed)
     tokenizer = load_tokenizer(options.model, options.max_length)
     set_seed(options.seed)  # a new head is drawn at random
-    model = load_model(options.model, data.labels)
+    model = load_model(options.model, data.labels, dropout=options.dropout)
     resume_from = prepare_checkpoints(options, {**recipe, "data_fingerprint": data.fingerprint})
 
     train = tokenize(data.splits["train"], tokenizer)

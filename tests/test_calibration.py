@@ -18,7 +18,9 @@ def _sample(rows=4000, classes=4, scale=1.0, seed=0):
     """Logits, and labels drawn from softmax(logits): perfectly calibrated where scale is 1."""
     generator = np.random.default_rng(seed)
     logits = generator.normal(0, 2, size=(rows, classes))
-    labels = (generator.random(rows)[:, None] > softmax(logits).cumsum(axis=1)).sum(axis=1).clip(max=classes - 1)
+    labels = (
+        (generator.random(rows)[:, None] > softmax(logits).cumsum(axis=1)).sum(axis=1).clip(max=classes - 1)
+    )
     return (logits * scale).astype(np.float32), labels
 
 

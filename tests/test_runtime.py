@@ -7,6 +7,7 @@ import pytest
 from conftest import make_rows
 
 from distill import Classifier, DistillError
+from distill.artifact import read_manifest
 
 TEXTS = [text for text, _ in make_rows(50, seed=3)]
 
@@ -38,9 +39,11 @@ def test_a_process_that_predicts_loads_neither_torch_nor_transformers(chain, tmp
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
-def test_optimum_and_transformers_give_the_same_answers_for_single_texts(classifier, pipeline):
+def test_optimum_and_transformers_give_the_same_answers_for_single_texts(chain, classifier, pipeline):
+    uncalibrated = Classifier(chain.export, calibrated=False)
     for text in TEXTS:
-        mine, theirs = classifier(text)[0], pipeline(text)[0]
+        mine, theirs = uncalibrated(text)[0], pipeline(text)[0]
+        assert classifier(text)[0]["label"] == theirs["label"]
         assert mine["label"] == theirs["label"]
         assert mine["score"] == pytest.approx(theirs["score"], abs=1e-5)
 
@@ -59,6 +62,20 @@ def test_probabilities_sum_to_one_and_agree_with_labels(classifier):
     assert probabilities.shape == (50, 3)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
     assert [classifier.labels[i] for i in probabilities.argmax(axis=1)] == classifier.predict(TEXTS)
+
+
+def test_the_temperature_of_the_bundle_is_applied_and_can_be_switched_off(chain, classifier):
+    from scipy.special import softmax
+
+    fitted = read_manifest(chain.export, "export").details["temperature"]
+    assert set(fitted) == {"onnx/model.onnx", "onnx/model_quantized.onnx"}
+    temperature = fitted["onnx/model_quantized.onnx"]
+    assert temperature != 1
+    logits = classifier.predict_logits(TEXTS).astype(float)
+    np.testing.assert_allclose(classifier.predict_proba(TEXTS), softmax(logits / temperature, axis=1))
+    plain = Classifier(chain.export, calibrated=False)
+    np.testing.assert_allclose(plain.predict_proba(TEXTS), softmax(logits, axis=1))
+    assert plain.predict(TEXTS) == classifier.predict(TEXTS)
 
 
 def test_threads_change_neither_order_nor_result(chain):

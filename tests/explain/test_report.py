@@ -2,7 +2,9 @@ import json
 
 import numpy as np
 import pytest
-from distill.explain.report import ReportOptions, render
+from distill.explain.comparison import verdict
+from distill.explain.rendering import render
+from distill.explain.report import ReportOptions
 from sklearn.metrics import classification_report, confusion_matrix
 
 from distill import write_report
@@ -12,7 +14,7 @@ from distill.predictions import read_predictions
 @pytest.fixture(scope="module")
 def options(chain, tmp_path_factory):
     output = tmp_path_factory.mktemp("report") / "report"
-    return ReportOptions(chain.teacher, chain.student, chain.export, output, texts=5)
+    return ReportOptions(chain.teacher, chain.student, chain.export, output, texts=5, explain=4)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def test_scores_are_scikit_learns_on_the_saved_predictions(chain, content):
     assert [row["version"] for row in content["versions"]] == list(folders)
     for row in content["versions"]:
         saved = read_predictions(folders[row["version"]], "test")[row["version"]]
-        labels, predictions = saved["labels"], saved["logits"].argmax(1)
+        labels, predictions = saved.labels, saved.predicted
         theirs = classification_report(
             labels,
             predictions,
@@ -81,7 +83,84 @@ def test_many_classes_show_their_most_frequent_confusions(content):
 
 
 def test_the_command_prints_the_report_or_json(chain, run, tmp_path):
-    stages = ["--teacher", chain.teacher, "--student", chain.student, "--export", chain.export, "--texts", 3]
+    stages = ["--teacher", chain.teacher, "--student", chain.student, "--export", chain.export]
+    stages += ["--texts", 3, "--explain", 2]
     assert "Per class" in run("report", *stages, "--output", tmp_path / "r").stdout
     printed = run("report", *stages, "--output", tmp_path / "r2", "--json").stdout
     assert json.loads(printed)["labels"] == ["negative", "neutral", "positive"]
+
+
+def test_the_json_follows_its_schema(content):
+    from importlib import resources
+
+    import jsonschema
+
+    schema = json.loads(resources.files("distill.explain").joinpath("report.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(content, schema)
+
+
+def test_differences_and_intervals_belong_to_the_scores_beside_them(content):
+    teacher, *others = content["versions"]
+    assert teacher["difference"] is None and teacher["mcnemar"] is None
+    for row in others:
+        change = row["difference"]["macro_f1"]
+        assert change["value"] == pytest.approx(row["scores"]["macro_f1"] - teacher["scores"]["macro_f1"])
+        for found in (change, row["intervals"]["macro_f1"], row["intervals"]["accuracy"]):
+            assert found["low"] - 1e-9 <= found["value"] <= found["high"] + 1e-9
+
+
+def test_reasons_are_given_for_teacher_student_and_int8_and_sum_up(content):
+    reasons = content["reasons"]
+    assert list(reasons["versions"]) == ["teacher", "student", "int8"]
+    assert reasons["sampled"] == 4
+    for one in reasons["versions"].values():
+        assert one["largest_residual"] < 1e-3
+    assert "Is it right for the same reasons?" in content["verdict"]["answers"]
+
+
+def _row(name, latency, low, value, high):
+    change = {"value": value, "low": low, "high": high}
+    return {
+        "version": name, "latency_ms": latency, "speedup": 2.0, "bytes": 10, "macro_f1_kept": 0.9,
+        "scores": {"macro_f1": 0.8}, "difference": {"macro_f1": change, "f1": [change, change]},
+        "calibration": {"calibrated": {"ece": 0.1}, "uncalibrated": {"ece": 0.2}},
+        "abstention": {"target_precision": 0.9, "test": None},
+    }  # fmt: skip
+
+
+TEACHER = {"version": "teacher", "bytes": 100, "scores": {"macro_f1": 0.85}}
+FP32 = _row("onnx-fp32", 3.0, -0.005, 0.0, 0.005)
+
+
+@pytest.mark.parametrize(
+    ("int8", "margin", "status", "version"),
+    [
+        (_row("int8", 1.0, -0.02, -0.01, 0.0), 3.0, "ship", "int8"),
+        (_row("int8", 1.0, -0.02, -0.01, 0.0), 1.0, "ship", "onnx-fp32"),
+        (_row("int8", 1.0, -0.02, -0.01, 0.0), 0.1, "unsettled", "int8"),
+        (_row("int8", 1.0, -0.09, -0.07, -0.05), 0.1, "reject", "int8"),
+    ],
+)
+def test_the_verdict_is_the_fastest_exported_version_that_is_not_inferior(int8, margin, status, version):
+    found = verdict([TEACHER, FP32, int8], ["a", "b"], margin, 500)
+    assert (found["status"], found["version"]) == (status, version)
+
+
+def test_the_verdict_names_the_classes_that_are_worse():
+    row = _row("int8", 1.0, -0.02, -0.01, 0.0)
+    row["difference"]["f1"][1] = {"value": -0.05, "low": -0.09, "high": -0.01}
+    answer = verdict([TEACHER, row], ["a", "b"], 3.0, 500)["answers"]["For which classes is it not?"]
+    assert "b (-5.0)" in answer and "a (" not in answer
+
+
+def test_max_drop_gates_and_the_report_is_written_all_the_same(chain, run, tmp_path, monkeypatch):
+    stages = ["--teacher", chain.teacher, "--student", chain.student, "--export", chain.export]
+    stages += ["--texts", 2, "--explain", 0]
+    assert run("report", *stages, "--output", tmp_path / "a", "--max-drop", 100).exit_code == 0
+    monkeypatch.setattr("distill.explain.report.non_inferior", lambda change, margin: False)
+    result = run("report", *stages, "--output", tmp_path / "b", "--max-drop", 0.5)
+    assert result.exit_code == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("Error: --max-drop 0.5: int8 may lose")
+    assert (tmp_path / "b" / "report.html").is_file()
+    assert run("report", *stages, "--output", tmp_path / "c").exit_code == 0

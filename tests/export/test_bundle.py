@@ -42,10 +42,10 @@ def test_saved_predictions_are_what_the_classifier_answers(chain):
     saved = read_predictions(chain.export, "test")
     assert list(saved) == ["onnx-fp32", "int8"]
     np.testing.assert_allclose(
-        Classifier(chain.export).predict_logits(texts), saved["int8"]["logits"], atol=1e-6
+        Classifier(chain.export).predict_logits(texts), saved["int8"].logits, atol=1e-6
     )
     fp32 = Classifier(chain.export, file="onnx/model.onnx").predict_logits(texts)
-    np.testing.assert_allclose(fp32, saved["onnx-fp32"]["logits"], atol=1e-6)
+    np.testing.assert_allclose(fp32, saved["onnx-fp32"].logits, atol=1e-6)
 
 
 def test_without_int8_the_cpu_gets_the_fp32_file(chain, tmp_path):

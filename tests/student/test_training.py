@@ -127,4 +127,4 @@ def test_the_student_names_its_teacher_and_its_predictions_are_the_teachers_text
     manifest = read_manifest(chain.student, "train-student")
     assert manifest.parents == [{"path": str(chain.teacher), "manifest_sha256": manifest_hash(chain.teacher)}]
     teacher, student = read_predictions(chain.teacher, "test"), read_predictions(chain.student, "test")
-    assert teacher["teacher"]["ids"] == student["student"]["ids"]
+    assert teacher["teacher"].ids == student["student"].ids

@@ -54,7 +54,7 @@ def test_the_manifest_says_what_was_done_and_the_files_match_it(chain):
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_saved_predictions_give_the_manifests_scores(chain, split):
     saved = read_predictions(chain.teacher, split)["teacher"]
-    found = score(saved["labels"], saved["logits"].argmax(1), 3)
+    found = score(saved.labels, saved.predicted, 3)
     assert found.summary() == read_manifest(chain.teacher, "train-teacher").metrics[split]
 
 
@@ -98,7 +98,7 @@ def test_an_interrupted_run_leaves_no_folder_and_resumes(
     assert resumed.metrics == whole.metrics
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["t"]
     a, b = (
-        read_predictions(path, "test")["teacher"]["logits"]
+        read_predictions(path, "test")["teacher"].logits
         for path in (tmp_path / "runs" / "t", tmp_path / "whole" / "runs" / "t")
     )
     np.testing.assert_allclose(a, b, atol=1e-4)

@@ -1,0 +1,81 @@
+"""The texts that the report's page can be searched for: errors, disagreements and explained texts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from distill.explain.agreement import OTHER_REASONS, rank_correlation
+from distill.explain.attribution import Attribution
+from distill.explain.reasons import Reasons
+from distill.explain.versions import Version
+from distill.explain.words import Text
+
+MOST_ROWS = 2_000
+MOST_CHARACTERS = 1_500
+
+
+def browse(
+    versions: Sequence[Version], texts: Sequence[Text], labels: Sequence[str], reasons: Reasons | None
+) -> dict[str, Any]:
+    """What the page needs to list single texts, ready for JSON and kept small.
+
+    Explained texts come first, then disagreements, then texts that every version got wrong; within each,
+    those about which the versions were most certain. A text that is not explained is cut after
+    `MOST_CHARACTERS`.
+    """
+    truth = versions[0].test.labels
+    predicted = np.stack([version.test.predicted for version in versions])
+    probabilities = [version.probabilities for version in versions]
+    explained = dict(zip(reasons.rows, reasons.attributions, strict=True)) if reasons else {}
+    disputed = (predicted != predicted[0]).any(axis=0)
+    wrong = (predicted != truth).any(axis=0)
+    certainty = np.min([values.max(axis=1) for values in probabilities], axis=0)
+    rank = np.where([row in explained for row in range(len(truth))], 0, np.where(disputed, 1, 2))
+    order = np.lexsort((-certainty, rank))
+    listed = [row for row in order.tolist() if row in explained or disputed[row] or wrong[row]]
+    rows = []
+    for row in listed[:MOST_ROWS]:
+        answers = [
+            [int(predicted[index, row]), round(float(values[row].max()), 3)]
+            for index, values in enumerate(probabilities)
+        ]
+        entry: dict[str, Any] = {"n": row + 1, "y": int(truth[row]), "a": answers}
+        if row in explained:
+            entry |= _explanation(explained[row], [int(truth[row]), *predicted[:, row].tolist()])
+        else:
+            entry["t"] = _shorten(texts[row])
+        rows.append(entry)
+    return {
+        "labels": list(labels),
+        "versions": [version.name for version in versions],
+        "rows": rows,
+        "found": len(listed),
+        "texts": len(texts),
+    }
+
+
+def _shorten(text: Text) -> str:
+    joined = text if isinstance(text, str) else "\n".join(text)
+    if len(joined) <= MOST_CHARACTERS:
+        return joined
+    return f"{joined[:MOST_CHARACTERS]} … ({len(joined):,} characters)"
+
+
+def _explanation(found: dict[str, Attribution], classes: list[int]) -> dict[str, Any]:
+    """Segments, the classes worth showing, values by version and class, agreement with the first version."""
+    first, *others = found.values()
+    shown = list(dict.fromkeys(classes))
+    correlations = [
+        rank_correlation(first.values[:, first.predicted], other.values[:, first.predicted])
+        for other in others
+    ]
+    segments = list(first.words.segments)
+    if first.words.first:
+        segments[first.words.first - 1] += "\n"
+    return {
+        "w": segments,
+        "c": shown,
+        "v": [np.round(one.values[:, shown].T, 3).tolist() for one in found.values()],
+        "r": [None if np.isnan(value) else round(value, 2) for value in correlations],
+        "o": [bool(value < OTHER_REASONS) for value in correlations],
+    }

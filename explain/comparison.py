@@ -1,0 +1,202 @@
+"""Quality, significance, calibration and abstention of every version, from its saved predictions."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from distill.explain.versions import Version
+from numpy.typing import NDArray
+
+from distill.calibration import calibration, risk_coverage, select, threshold_for
+from distill.metrics import Scores, score, softmax
+from distill.significance import (
+    CONFIDENCE,
+    RESAMPLES,
+    Bootstrap,
+    Interval,
+    interval,
+    mcnemar,
+    non_inferior,
+    paired_bootstrap,
+)
+
+CURVE_POINTS = 60
+NAMES = {"int8": "the INT8 version", "onnx-fp32": "the fp32 ONNX version"}
+
+
+def compare_versions(
+    versions: Sequence[Version], classes: int, target_precision: float, seed: int
+) -> list[dict[str, Any]]:
+    """What the report says of each version besides its size and latency, ready for JSON.
+
+    The first version is the reference: every other one has `difference` (its score less the reference's, with
+    an interval) and `mcnemar`. All scores are in 0 to 1.
+    """
+    labels = versions[0].test.labels
+    predictions = [version.test.predicted for version in versions]
+    boot = paired_bootstrap(labels, predictions, classes, seed=seed)
+    scores = [score(labels, predicted, classes) for predicted in predictions]
+    rows = []
+    for index, version in enumerate(versions):
+        own = scores[index]
+        row: dict[str, Any] = {
+            "version": version.name,
+            "scores": own.as_dict(),
+            "macro_f1_kept": own.macro_f1 / scores[0].macro_f1 if scores[0].macro_f1 else 0.0,
+            "agreement_with_reference": float((predictions[index] == predictions[0]).mean()),
+            "intervals": _intervals(own, boot, index),
+            "difference": None,
+            "mcnemar": None,
+            "calibration": _calibration(version),
+            "abstention": _abstention(version, target_precision),
+        }
+        if index:
+            row["difference"] = _differences(own, scores[0], boot, index)
+            row["mcnemar"] = asdict(mcnemar(labels, predictions[0], predictions[index]))
+        rows.append(row)
+    return rows
+
+
+def _intervals(own: Scores, boot: Bootstrap, index: int) -> dict[str, Any]:
+    return {
+        "accuracy": asdict(interval(own.accuracy, boot.accuracy[:, index])),
+        "macro_f1": asdict(interval(own.macro_f1, boot.macro_f1[:, index])),
+        "f1": [asdict(interval(f1, boot.f1[:, index, label])) for label, f1 in enumerate(own.f1)],
+    }
+
+
+def _differences(own: Scores, reference: Scores, boot: Bootstrap, index: int) -> dict[str, Any]:
+    return {
+        "accuracy": asdict(
+            interval(own.accuracy - reference.accuracy, boot.accuracy[:, index] - boot.accuracy[:, 0])
+        ),
+        "macro_f1": asdict(
+            interval(own.macro_f1 - reference.macro_f1, boot.macro_f1[:, index] - boot.macro_f1[:, 0])
+        ),
+        "f1": [
+            asdict(interval(f1 - reference.f1[label], boot.f1[:, index, label] - boot.f1[:, 0, label]))
+            for label, f1 in enumerate(own.f1)
+        ],
+    }
+
+
+def _calibration(version: Version) -> dict[str, Any]:
+    logits, labels = version.test.logits, version.test.labels
+    return {
+        "temperature": version.temperature,
+        "uncalibrated": calibration(logits, labels).as_dict(),
+        "calibrated": calibration(logits, labels, version.temperature).as_dict(),
+    }
+
+
+def _confidence(
+    logits: NDArray[np.float32], labels: NDArray[np.int64], temperature: float
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    probabilities = softmax(logits.astype(np.float64) / temperature)
+    return probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+
+
+def _abstention(version: Version, target_precision: float) -> dict[str, Any]:
+    """The threshold chosen on validation text, what it gives on test text, and the curve on test text."""
+    held_out = _confidence(version.validation.logits, version.validation.labels, version.temperature)
+    confidence, right = _confidence(version.test.logits, version.test.labels, version.temperature)
+    chosen = threshold_for(*held_out, target_precision)
+    curve = risk_coverage(confidence, right)
+    shown = np.unique(np.linspace(0, len(curve) - 1, CURVE_POINTS).round().astype(int))
+    return {
+        "target_precision": target_precision,
+        "threshold": chosen.threshold if chosen else None,
+        "validation": asdict(chosen) if chosen else None,
+        "test": asdict(select(confidence, right, chosen.threshold)) if chosen else None,
+        "curve": [{"coverage": curve[i].coverage, "risk": 1 - curve[i].precision} for i in shown],
+    }
+
+
+def verdict(
+    rows: Sequence[dict[str, Any]], labels: Sequence[str], margin: float, texts: int
+) -> dict[str, Any]:
+    """Which version to ship, and what it loses, in words.
+
+    The shipped version is the fastest exported one that is non-inferior to the reference at `margin` points
+    of macro-F1; if there is none, the last (the smallest) is judged and not recommended.
+
+    Args:
+        rows: of `compare_versions`, with `latency_ms`, `speedup` and `bytes` added.
+        labels: label names.
+        margin: in points of macro-F1 (hundredths).
+        texts: size of the test split.
+    """
+    reference, exported = rows[0], [row for row in rows[1:] if row["version"] not in ("teacher", "student")]
+    fit = [row for row in exported if non_inferior(Interval(**row["difference"]["macro_f1"]), margin / 100)]
+    row = min(fit, key=lambda row: row["latency_ms"]) if fit else exported[-1]
+    change = row["difference"]["macro_f1"]
+    name = NAMES[row["version"]]
+    if fit:
+        status, headline = "ship", f"Ship {name}."
+    elif change["high"] < -margin / 100:
+        status, headline = "reject", f"Do not ship {name} yet: it loses too much."
+    else:
+        status = "unsettled"
+        headline = f"Not settled: {texts:,} test texts cannot show that {name} is good enough."
+    worse = [
+        f"{labels[index]} ({100 * f1['value']:+.1f})"
+        for index, f1 in enumerate(row["difference"]["f1"])
+        if f1["high"] < 0
+    ]
+    return {
+        "status": status,
+        "version": row["version"],
+        "margin": margin,
+        "confidence": CONFIDENCE,
+        "resamples": RESAMPLES,
+        "headline": headline,
+        "summary": (
+            f"It keeps {100 * row['macro_f1_kept']:.1f} % of the teacher's macro-F1 "
+            f"({row['scores']['macro_f1']:.4f} of {reference['scores']['macro_f1']:.4f}), answers "
+            f"{row['speedup']:.1f} times as fast ({row['latency_ms']:.2f} ms a text) and its file is "
+            f"{reference['bytes'] / row['bytes']:.1f} times smaller ({row['bytes'] / 1e6:.1f} MB)."
+        ),
+        "answers": {
+            "Is it as good?": _loss(change, margin),
+            "For which classes is it not?": (
+                f"F1 is lower, beyond chance, for {', '.join(worse)} points." if worse
+                else "No class is shown to be worse; the widest interval of one class is "
+                f"{_widest(row['difference']['f1'])} points."
+            ),
+            "May I trust its confidence?": _trust(row),
+        },
+    }  # fmt: skip
+
+
+def _loss(change: dict[str, float], margin: float) -> str:
+    value, low, high = (100 * change[name] for name in ("value", "low", "high"))
+    moved = f"loses {-value:.2f}" if value < 0 else f"gains {value:.2f}"
+    within = "within" if low >= -margin else "beyond"
+    worst = f"may lose up to {-low:.2f}" if low < 0 else f"gains at least {low:.2f}"
+    return (
+        f"It {moved} points of macro-F1 on these texts ({100 * CONFIDENCE:.0f} % interval "
+        f"{low:+.2f} to {high:+.2f}): it {worst}, {within} the margin of {margin:g}."
+    )
+
+
+def _widest(changes: Sequence[dict[str, float]]) -> str:
+    widest = max(changes, key=lambda change: change["high"] - change["low"])
+    return f"{100 * widest['low']:+.1f} to {100 * widest['high']:+.1f}"
+
+
+def _trust(row: dict[str, Any]) -> str:
+    found, abstention = row["calibration"], row["abstention"]
+    calibrated, before = found["calibrated"]["ece"], found["uncalibrated"]["ece"]
+    text = (
+        f"A stated probability is off by {100 * calibrated:.1f} points on average "
+        f"({100 * before:.1f} before temperature scaling)."
+    )
+    wanted = f"{100 * abstention['target_precision']:g} %"
+    if abstention["test"] is None:
+        return f"{text} No threshold reached {wanted} precision on validation text."
+    test = abstention["test"]
+    return (
+        f"{text} Answering only at {test['threshold']:.2f} and above covers {100 * test['coverage']:.0f} % "
+        f"of texts with {100 * test['precision']:.1f} % right (threshold chosen on validation for {wanted})."
+    )

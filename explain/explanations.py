@@ -1,0 +1,158 @@
+"""`distill explain`: why each version answers as it does, for given texts or a sample of the test split."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from distill.explain.attribution import METHODS, Attribution, attribute_all
+from distill.explain.reasons import progress
+from distill.explain.versions import OPTIONS, STAGES, Version, as_student, open_for_explanation, read_stage
+from distill.explain.words import Text
+
+from distill.artifact import Manifest
+from distill.data import reload_data
+from distill.errors import DistillError
+
+VERSIONS = ("teacher", "student", "onnx-fp32", "int8")
+SHOWN_WORDS = 12
+
+
+@dataclass(frozen=True)
+class ExplainOptions:
+    """Options of `distill explain`.
+
+    Attributes:
+        texts: what to explain; with none, `sample` texts of the test split.
+        versions: which; with none, all that are there.
+    """
+
+    texts: Sequence[Text] = ()
+    sample: int = 5
+    versions: Sequence[str] = ()
+    method: str = "shap"
+    teacher: Path = Path("runs/teacher")
+    student: Path = Path("runs/student")
+    export: Path = Path("runs/export")
+    data: str | None = None
+    device: str = "auto"
+    seed: int = 42
+
+
+def _read(options: ExplainOptions) -> tuple[list[Version], Manifest]:
+    """The wanted versions, reading only the folders that they need."""
+    folders = dict(zip(STAGES, (options.teacher, options.student, options.export), strict=True))
+    wanted = list(options.versions) or ["teacher", "student", "int8"]
+    found: dict[str, Version] = {}
+    manifest: Manifest | None = None
+    for (stage, folder), option in zip(reversed(folders.items()), reversed(OPTIONS), strict=True):
+        names = {"export": {"onnx-fp32", "int8"}, "train-student": {"student"}, "train-teacher": {"teacher"}}[
+            stage
+        ]
+        if names.isdisjoint(wanted) and not (stage == "export" and "student" in wanted):
+            continue
+        if stage == "train-student" and "student" in found:
+            continue
+        if stage == "export" and names.isdisjoint(wanted) and not folder.is_dir():
+            continue
+        versions, manifest = read_stage(folder, stage, option)
+        found |= {version.name: version for version in versions}
+        if "onnx-fp32" in found:
+            found["student"] = as_student(found["onnx-fp32"])
+    assert manifest is not None
+    missing = [name for name in options.versions if name not in found]
+    if missing:
+        raise DistillError(
+            f"--version {missing[0]}: {options.export} has none; run `distill export --int8` first"
+        )
+    return [found[name] for name in wanted if name in found], manifest
+
+
+def _sample(options: ExplainOptions, manifest: Manifest) -> list[Text]:
+    test = reload_data(manifest.data, manifest.labels, options.data).splits["test"]
+    rows = np.random.default_rng(options.seed).choice(
+        len(test), min(options.sample, len(test)), replace=False
+    )
+    chosen = test.select(np.sort(rows))
+    if "text_pair" in test.column_names:
+        return list(zip(chosen["text"], chosen["text_pair"], strict=True))
+    return list(chosen["text"])
+
+
+def explain(options: ExplainOptions) -> list[dict[str, Any]]:
+    """Explain texts; one entry a text, ready for JSON.
+
+    Each entry has the text, the words and, by version, `probabilities`, `base` and `values` (one number a
+    word) by label, and `residual`: how far the values are from summing to probability less base.
+
+    Raises:
+        DistillError: if a version is not there.
+    """
+    if options.method not in METHODS:
+        raise DistillError(f"--method {options.method}: unknown; use {' or '.join(METHODS)}")
+    unknown = [name for name in options.versions if name not in VERSIONS]
+    if unknown:
+        raise DistillError(f"--version {unknown[0]}: unknown; use {', '.join(VERSIONS)}")
+    empty = [index for index, text in enumerate(options.texts, start=1) if not "".join(text).strip()]
+    if empty:
+        raise DistillError(f"text {empty[0]}: empty; there is nothing to explain")
+    versions, manifest = _read(options)
+    texts = list(options.texts) or _sample(options, manifest)
+    models = {
+        version.name: open_for_explanation(version, manifest.labels, options.device) for version in versions
+    }
+    found = progress(attribute_all(texts, models, options.method, options.seed), len(texts), "Explanations")
+    return [
+        _entry(text, one, manifest.labels, options.method) for text, one in zip(texts, found, strict=True)
+    ]
+
+
+def _entry(text: Text, found: dict[str, Attribution], labels: Sequence[str], method: str) -> dict[str, Any]:
+    first = next(iter(found.values()))
+    return {
+        "text": text,
+        "method": method,
+        "words": first.words.words,
+        "versions": {
+            name: {
+                "prediction": labels[one.predicted],
+                "probabilities": dict(zip(labels, one.output.tolist(), strict=True)),
+                "base": dict(zip(labels, one.base.tolist(), strict=True)),
+                "values": dict(zip(labels, one.values.T.tolist(), strict=True)),
+                "residual": one.residual if method == "shap" else None,
+            }
+            for name, one in found.items()
+        },
+    }
+
+
+def show(entry: dict[str, Any]) -> str:
+    """One explained text for a terminal: what its words add to the class that the first version chose."""
+    versions = entry["versions"]
+    label = next(iter(versions.values()))["prediction"]
+    text = entry["text"] if isinstance(entry["text"], str) else " | ".join(entry["text"])
+    lines = [text, ""]
+    for name, one in versions.items():
+        chosen = one["prediction"]
+        line = f"  {name:10} {chosen} {one['probabilities'][chosen]:.3f}"
+        lines.append(
+            line + (f", values sum up within {one['residual']:.0e}" if one["residual"] is not None else "")
+        )
+    title = f"adds to {label!r}"
+    width = max(map(len, [*entry["words"], title]))
+    lines += ["", f"  {title:{width}}  " + "  ".join(f"{name:>10}" for name in versions)]
+    values = np.array([one["values"][label] for one in versions.values()])
+    order = np.argsort(-np.abs(values).max(axis=0), kind="stable")
+    lines.append(
+        f"  {'(no words)':{width}}  " + "  ".join(f"{one['base'][label]:10.3f}" for one in versions.values())
+    )
+    for row in order[:SHOWN_WORDS]:
+        lines.append(
+            f"  {entry['words'][row]:{width}}  " + "  ".join(f"{value:+10.3f}" for value in values[:, row])
+        )
+    if len(order) > SHOWN_WORDS:
+        rest = values[:, order[SHOWN_WORDS:]].sum(axis=1)
+        name = f"{len(order) - SHOWN_WORDS} other words"
+        lines.append(f"  {name:{width}}  " + "  ".join(f"{value:+10.3f}" for value in rest))
+    return "\n".join(lines)

@@ -1,0 +1,94 @@
+"""The report as one self-contained HTML page: no network, no file beside it."""
+
+import json
+from typing import Any
+
+import numpy as np
+from distill.explain import figures
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+FEW_CLASSES = 12
+MOST_CONFUSIONS = 20
+
+
+def _embedded(value: Any) -> Markup:
+    """JSON that may stand inside a <script> element: no character in it can end the element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _confusions(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each version's confusion matrix with differences to the reference's, or its largest confusions."""
+    labels = report["labels"]
+    reference = np.array(report["versions"][0]["scores"]["confusion"])
+    found = []
+    for row in report["versions"]:
+        matrix = np.array(row["scores"]["confusion"])
+        shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        off = matrix * (1 - np.eye(len(labels), dtype=int))
+        pairs = sorted(zip(*np.nonzero(off), strict=True), key=lambda pair: -off[pair])
+        found.append(
+            {
+                "version": row["version"],
+                "matrix": matrix.tolist(),
+                "change": (matrix - reference).tolist(),
+                "shares": shares.round(3).tolist(),
+                "pairs": [
+                    (
+                        labels[true],
+                        labels[answer],
+                        int(matrix[true, answer]),
+                        int((matrix - reference)[true, answer]),
+                    )
+                    for true, answer in pairs[:MOST_CONFUSIONS]
+                ],
+            }
+        )
+    return found
+
+
+def _telling(report: dict[str, Any]) -> list[str]:
+    """Labels for which some version has words that count."""
+    explained = report["reasons"]["versions"].values() if report["reasons"] else []
+    return [label for label in report["labels"] if any(one["top_words"][label] for one in explained)]
+
+
+def render_page(report: dict[str, Any], browsed: dict[str, Any]) -> str:
+    """Render the page.
+
+    Args:
+        report: the content of report.json.
+        browsed: the texts that can be searched, as `browser.browse` gives them.
+    """
+    environment = Environment(
+        loader=PackageLoader("distill.explain", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["points"] = lambda value: f"{100 * value:+.1f}"
+    environment.filters["percent"] = lambda value: f"{100 * value:.1f} %"
+    versions = report["versions"]
+    shipped = next(row for row in versions if row["version"] == report["verdict"]["version"])
+    changes = [change for row in versions[1:] for change in row["difference"]["f1"]]
+    scale = max(0.02, max(abs(change[end]) for change in changes for end in ("low", "high")))
+    return environment.get_template("report.html").render(
+        report=report,
+        versions=versions,
+        reference=versions[0],
+        shipped=shipped,
+        telling=_telling(report),
+        confusions=_confusions(report),
+        few_classes=len(report["labels"]) <= FEW_CLASSES,
+        scatter=figures.accuracy_against_latency(versions),
+        risk=figures.risk_against_coverage(versions),
+        reliability=figures.reliability,
+        difference=figures.difference,
+        scale=min(scale, 0.5),
+        payload=_embedded(browsed),
+        browsed=browsed,
+    )

@@ -1,0 +1,184 @@
+"""Explanations of all versions on test text: agreement, faithfulness, and the words that matter most."""
+
+import logging
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from distill.explain.agreement import OTHER_REASONS, RANDOM_ORDERS, SHARES, TOP, compare, faithfulness
+from distill.explain.attribution import EXACT_WORDS, PERMUTATIONS, Attribution, Probabilities, attribute_all
+from distill.explain.versions import Version
+from distill.explain.words import Text
+from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+TOP_WORDS = 10
+LEAST_OCCURRENCES = 2
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """Explained texts.
+
+    Attributes:
+        rows: row numbers in the test split.
+        sampled: how many of them, from the first, are a random sample; the others are disagreements.
+        attributions: one dictionary a text, by version.
+    """
+
+    rows: list[int]
+    sampled: int
+    attributions: list[dict[str, Attribution]]
+
+
+def choose_rows(versions: Sequence[Version], count: int, seed: int) -> tuple[list[int], int]:
+    """A random sample of `count` test texts, then up to half as many on which the versions disagree.
+
+    The disagreements are those about which the versions were most certain.
+    """
+    total = len(versions[0].test.labels)
+    generator = np.random.default_rng(seed)
+    sample = np.sort(generator.choice(total, min(count, total), replace=False))
+    predicted = np.stack([version.test.predicted for version in versions])
+    certainty = np.min([version.probabilities.max(axis=1) for version in versions], axis=0)
+    disputed = np.flatnonzero((predicted != predicted[0]).any(axis=0))
+    disputed = disputed[~np.isin(disputed, sample)]
+    disputed = disputed[np.argsort(-certainty[disputed], kind="stable")][: count // 2]
+    return [*sample.tolist(), *disputed.tolist()], len(sample)
+
+
+def progress(items: Iterator[Any], total: int, title: str) -> Iterator[Any]:
+    """Pass items on, with time left: a bar on a terminal, a line every fifth of the way elsewhere."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(items, title, total, console=Console(stderr=True), transient=True)
+        return
+    started, shown = time.monotonic(), 0
+    for number, item in enumerate(items, start=1):
+        yield item
+        if number * 5 // max(total, 1) > shown:
+            shown = number * 5 // total
+            left = (time.monotonic() - started) / number * (total - number)
+            logger.info("%s: %d of %d texts, %d s left", title, number, total, left)
+
+
+def explain_rows(
+    texts: Sequence[Text],
+    rows: list[int],
+    sampled: int,
+    models: Mapping[str, Probabilities],
+    method: str,
+    seed: int,
+) -> Reasons:
+    """Explain some test texts for every version, with progress."""
+    chosen = [texts[row] for row in rows]
+    found = list(progress(attribute_all(chosen, models, method, seed), len(rows), "Explanations"))
+    return Reasons(rows, sampled, found)
+
+
+def summarize(
+    reasons: Reasons,
+    texts: Sequence[Text],
+    labels: Sequence[str],
+    models: Mapping[str, Probabilities],
+    method: str,
+    seed: int,
+) -> dict[str, Any]:
+    """What the report says of reasons; the statistics are over the random sample alone.
+
+    Agreement is about the class that the first version (the reference) predicted.
+    """
+    names = list(models)
+    sample = reasons.attributions[: reasons.sampled]
+    by_version = {}
+    for name in names:
+        explained, random = faithfulness(
+            [
+                (texts[row], found[name].words, found[name].values)
+                for row, found in zip(reasons.rows, sample, strict=False)
+            ],
+            models[name],
+            seed,
+        )
+        by_version[name] = {
+            "largest_residual": max((found[name].residual for found in reasons.attributions), default=0.0),
+            "faithfulness": asdict(explained),
+            "random_faithfulness": asdict(random),
+            "agreement": _agreement(sample, names[0], name) if name != names[0] else None,
+            "top_words": _top_words(reasons.attributions, name, labels),
+        }
+    return {
+        "method": method,
+        "texts": len(reasons.rows),
+        "sampled": reasons.sampled,
+        "exact_words": EXACT_WORDS,
+        "permutations": PERMUTATIONS,
+        "top": TOP,
+        "shares": list(SHARES),
+        "random_orders": RANDOM_ORDERS,
+        "other_reasons_below": OTHER_REASONS,
+        "reference": names[0],
+        "versions": by_version,
+    }
+
+
+def _agreement(sample: Sequence[dict[str, Attribution]], reference: str, name: str) -> dict[str, float]:
+    """Means over the texts on which the figure is defined."""
+    found = [compare(pair[reference], pair[name], pair[reference].predicted) for pair in sample]
+
+    def mean(values: list[float]) -> float:
+        defined = [value for value in values if not np.isnan(value)]
+        return float(np.mean(defined)) if defined else float("nan")
+
+    correlations = [one.rank_correlation for one in found]
+    return {
+        "rank_correlation": mean(correlations),
+        "top_overlap": mean([one.top_overlap for one in found]),
+        "sign_flips": mean([one.sign_flips for one in found]),
+        "other_reasons": sum(value < OTHER_REASONS for value in correlations) / max(len(found), 1),
+    }
+
+
+def _top_words(
+    found: Sequence[dict[str, Attribution]], name: str, labels: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """For each class, the words that add most to its probability, summed over the texts."""
+    values: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+    for pair in found:
+        for word, row in zip(pair[name].words.words, pair[name].values, strict=True):
+            if any(letter.isalnum() for letter in word) and " " not in word:
+                values[word.lower()].append(row)
+    frequent = {word: np.array(rows) for word, rows in values.items() if len(rows) >= LEAST_OCCURRENCES}
+    top = {}
+    for index, label in enumerate(labels):
+        sums = sorted(((rows[:, index].sum(), word) for word, rows in frequent.items()), reverse=True)
+        top[label] = [
+            {"word": word, "mean": float(total / len(frequent[word])), "texts": len(frequent[word])}
+            for total, word in sums[:TOP_WORDS]
+            if total > 0
+        ]
+    return top
+
+
+def reasons_answer(summary: dict[str, Any], version: str) -> str:
+    """One sentence: whether `version` answers for the reference's reasons."""
+    name = version if version in summary["versions"] else list(summary["versions"])[-1]
+    found = summary["versions"][name]["agreement"]
+    faith, chance = (
+        summary["versions"][name][key]["comprehensiveness"] for key in ("faithfulness", "random_faithfulness")
+    )
+    correlation = found["rank_correlation"]
+    answer = "Mostly." if correlation >= 0.8 else "In part." if correlation >= OTHER_REASONS else "No."
+    return (
+        f"{answer} What its words count for ranks like the teacher's (correlation {correlation:.2f} on "
+        f"average, 1 would be the same); {100 * found['top_overlap']:.0f} % of the {summary['top']} most "
+        f"important words are the same; for {100 * found['other_reasons']:.0f} % of {summary['sampled']} "
+        f"texts the reasons are others. Without its most important words its answer loses {100 * faith:.0f} "
+        f"points of probability, without random ones {100 * chance:.0f}."
+    )

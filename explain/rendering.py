@@ -1,0 +1,213 @@
+"""The report as Markdown, for a pull request, and as plain text, for a terminal."""
+
+from typing import Any
+
+
+def render(report: dict[str, Any], markdown: bool) -> str:
+    """The report as Markdown or as plain text for a terminal."""
+    found = report["verdict"]
+    questions = [f"{_strong(question, markdown)} {text}" for question, text in found["answers"].items()]
+    parts = [
+        _heading(found["headline"], 1, markdown),
+        f"On {report['texts']:,} test texts: {found['summary'][0].lower()}{found['summary'][1:]}",
+        *questions,
+        _versions_table(report, markdown),
+        f"Latency: median of {report['latency_texts']} test texts, one at a time, one thread, all versions "
+        f"in one run, on {report['cpu']}. Teacher and student run in PyTorch, the others in "
+        "ONNX Runtime; tokenization included.",
+        _heading("Against the teacher", 2, markdown),
+        _significance_table(report, markdown),
+        f"Differences in points, with {100 * found['confidence']:.0f} % intervals of a paired bootstrap "
+        f"({found['resamples']:,} resamples inside each class); p of McNemar's exact test.",
+        _heading("Confidence", 2, markdown),
+        _calibration_table(report, markdown),
+        "ECE: expected calibration error, 15 equal-width bins of the top label's probability; before "
+        "and after temperature scaling fitted on validation text.",
+    ]
+    if report["reasons"]:
+        parts += [_heading("Reasons", 2, markdown), _reasons_table(report["reasons"], markdown)]
+    parts += [_heading("Per class", 2, markdown), _class_table(report, markdown)]
+    for row in report["versions"]:
+        parts += [_heading(f"Confusion: {row['version']} (rows: true, columns: predicted)", 2, markdown)]
+        parts.append(_confusion(report["labels"], row["scores"]["confusion"], markdown))
+    return "\n\n".join(parts) + "\n"
+
+
+def _strong(text: str, markdown: bool) -> str:
+    return f"**{text}**" if markdown else text
+
+
+def _points(change: dict[str, float]) -> str:
+    return f"{100 * change['value']:+.2f} ({100 * change['low']:+.2f} to {100 * change['high']:+.2f})"
+
+
+def _significance_table(report: dict[str, Any], markdown: bool) -> str:
+    rows = [
+        [
+            row["version"],
+            _points(row["difference"]["macro_f1"]),
+            _points(row["difference"]["accuracy"]),
+            str(row["mcnemar"]["lost"]),
+            str(row["mcnemar"]["gained"]),
+            f"{row['mcnemar']['p_value']:.3g}",
+        ]
+        for row in report["versions"][1:]
+    ]
+    return _table(
+        ["version", "macro-F1", "accuracy", "teacher alone right", "version alone right", "p"], rows, markdown
+    )
+
+
+def _calibration_table(report: dict[str, Any], markdown: bool) -> str:
+    header = [
+        "version",
+        "temperature",
+        "ECE",
+        "was",
+        "Brier",
+        "was",
+        "NLL",
+        "was",
+        "answers at",
+        "covers",
+        "right",
+    ]
+    rows = []
+    for row in report["versions"]:
+        found, abstention = row["calibration"], row["abstention"]
+        line = [row["version"], f"{found['temperature']:.3f}"]
+        for name in ("ece", "brier", "nll"):
+            line += [f"{found['calibrated'][name]:.4f}", f"{found['uncalibrated'][name]:.4f}"]
+        test = abstention["test"]
+        line += (
+            [
+                f"{test['threshold']:.3f}",
+                f"{100 * test['coverage']:.1f} %",
+                f"{100 * test['precision']:.1f} %",
+            ]
+            if test
+            else ["–", "–", "–"]
+        )
+        rows.append(line)
+    return _table(header, rows, markdown)
+
+
+def _reasons_table(reasons: dict[str, Any], markdown: bool) -> str:
+    header = ["version", "rank correlation", f"top {reasons['top']}", "signs flipped", "other reasons",
+              "comprehensiveness", "random", "sufficiency", "random"]  # fmt: skip
+    rows = []
+    for name, one in reasons["versions"].items():
+        agreement = one["agreement"]
+        line = [name]
+        line += (
+            [
+                _figure(agreement["rank_correlation"]),
+                *(_figure(agreement[key]) for key in ("top_overlap", "sign_flips", "other_reasons")),
+            ]
+            if agreement
+            else ["–"] * 4
+        )
+        for key in ("comprehensiveness", "sufficiency"):
+            line += [_figure(one["faithfulness"][key]), _figure(one["random_faithfulness"][key])]
+        rows.append(line)
+    return _table(header, rows, markdown)
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _heading(text: str, level: int, markdown: bool) -> str:
+    return f"{'#' * level} {text}" if markdown else f"{text}\n{('=' if level == 1 else '-') * len(text)}"
+
+
+def _table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
+    """A table whose first column is text and whose other columns are figures."""
+    if markdown:
+        header, *rows = [
+            [cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]
+        ]
+        rule = ["---", *["---:"] * (len(header) - 1)]
+        return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _versions_table(report: dict[str, Any], markdown: bool) -> str:
+    header = [
+        "version",
+        "macro-F1",
+        "kept",
+        "weighted F1",
+        "accuracy",
+        "agrees",
+        "parameters",
+        "file",
+        "latency",
+        "speed-up",
+    ]
+    rows = []
+    for row in report["versions"]:
+        scores = row["scores"]
+        rows.append(
+            [
+                row["version"],
+                f"{scores['macro_f1']:.4f}",
+                f"{100 * row['macro_f1_kept']:.1f} %",
+                f"{scores['weighted_f1']:.4f}",
+                f"{scores['accuracy']:.4f}",
+                f"{100 * row['agreement_with_reference']:.1f} %",
+                f"{row['parameters'] / 1e6:.1f} M",
+                f"{row['bytes'] / 1e6:.1f} MB",
+                f"{row['latency_ms']:.2f} ms",
+                f"{row['speedup']:.1f}",
+            ]
+        )
+    return _table(header, rows, markdown)
+
+
+def _class_table(report: dict[str, Any], markdown: bool) -> str:
+    versions = report["versions"]
+    header = ["class", "support"]
+    for row in versions:
+        header += [f"{row['version']} P", "R", "F1"]
+    lines = []
+    for index, label in enumerate(report["labels"]):
+        line = [label, str(versions[0]["scores"]["support"][index])]
+        for row in versions:
+            line += [f"{row['scores'][name][index]:.3f}" for name in ("precision", "recall", "f1")]
+        lines.append(line)
+    for average in ("macro", "weighted"):
+        line = [f"{average} average", str(report["texts"])]
+        for row in versions:
+            line += [f"{row['scores'][f'{average}_{name}']:.3f}" for name in ("precision", "recall", "f1")]
+        lines.append(line)
+    return _table(header, lines, markdown)
+
+
+def _confusion(labels: list[str], matrix: list[list[int]], markdown: bool) -> str:
+    """The matrix, or, with many classes, its largest confusions."""
+    if len(labels) <= 12:
+        return _table(
+            ["", *labels],
+            [[label, *map(str, row)] for label, row in zip(labels, matrix, strict=True)],
+            markdown,
+        )
+    pairs = [
+        (count, labels[i], labels[j])
+        for i, row in enumerate(matrix)
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
+    rows = [[f"{true} → {predicted}", str(count)] for count, true, predicted in pairs[:20]]
+    return _table(
+        ["most frequent of all confusions (the whole matrix is in report.json)", "texts"], rows, markdown
+    )
