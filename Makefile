@@ -17,15 +17,16 @@ lint: install
 
 benchmark: install
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/explanations.py
 
 install: $(VENV)/.installed
 
 # A plain install (not editable), so that type checkers and imports see what a user's site-packages would hold.
-$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard distill/* teacher/* student/* export/* explain/* examples/*)
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard distill/* teacher/* student/* export/* explain/* explain/templates/* examples/*)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	test -e $(VENV)/.dependencies -a $(VENV)/.dependencies -nt constraints.txt -a $(VENV)/.dependencies -nt pyproject.toml || \
-		{ $(BIN)/pip install --quiet --constraint constraints.txt torch && \
-		  $(BIN)/pip install --quiet --constraint constraints.txt ".[train,cpu,dev]" && touch $(VENV)/.dependencies; }
+		{ $(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch && \
+		  $(BIN)/pip install --quiet --no-compile --constraint constraints.txt ".[train,cpu,dev]" && touch $(VENV)/.dependencies; }
 	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
 	touch $@

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill.errors import DistillError
+    from distill.explain.explanations import explain_texts
     from distill.explain.report import write_report
     from distill.export.bundle import export_student
     from distill.runtime import Classifier
@@ -16,11 +17,20 @@ if TYPE_CHECKING:
     from distill.teacher.training import train_teacher
 
 __version__ = "0.1.0"
-__all__ = ["Classifier", "DistillError", "export_student", "train_student", "train_teacher", "write_report"]
+__all__ = [
+    "Classifier",
+    "DistillError",
+    "explain_texts",
+    "export_student",
+    "train_student",
+    "train_teacher",
+    "write_report",
+]
 
 _HOMES = {
     "Classifier": "distill.runtime",
     "DistillError": "distill.errors",
+    "explain_texts": "distill.explain.explanations",
     "export_student": "distill.export.bundle",
     "train_student": "distill.student.training",
     "train_teacher": "distill.teacher.training",

@@ -132,6 +132,7 @@ def demo(output: Path) -> None:
         _run(arguments, output)
     click.echo(
         f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. "
+        f"The report is {output}/runs/report/report.html; open it in a browser. "
         f"The classifier is {output}/runs/export; try it:"
     )
     click.echo(f'  echo "What a lovely surprise" | distill predict --bundle {output}/runs/export')

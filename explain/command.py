@@ -91,10 +91,9 @@ def explain(as_json: bool, **options: Any) -> None:
 
     All versions are explained on the same words and the same masked texts, so their values can be compared.
     """
-    from distill.explain.explanations import ExplainOptions, show
-    from distill.explain.explanations import explain as run
+    from distill.explain.explanations import ExplainOptions, explain_texts, show
 
-    for number, entry in enumerate(run(ExplainOptions(**options))):
+    for number, entry in enumerate(explain_texts(ExplainOptions(**options))):
         if as_json:
             click.echo(json.dumps(entry, ensure_ascii=False))
         else:

@@ -80,7 +80,7 @@ def _sample(options: ExplainOptions, manifest: Manifest) -> list[Text]:
     return list(chosen["text"])
 
 
-def explain(options: ExplainOptions) -> list[dict[str, Any]]:
+def explain_texts(options: ExplainOptions) -> list[dict[str, Any]]:
     """Explain texts; one entry a text, ready for JSON.
 
     Each entry has the text, the words and, by version, `probabilities`, `base` and `values` (one number a

@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.compute
+import pyarrow.parquet
 import pytest
 from conftest import make_rows, write_csv
 
@@ -120,6 +122,7 @@ OPTIONS = {
         1,
     ),
     "not a number": (["--data", "good.csv", "--epochs", "many"], "--epochs", "many", 2),
+    "dropout of one": (["--data", "good.csv", "--dropout", "1"], "--dropout", "x<1", 2),
     "out of range": (["--data", "good.csv", "--label-smoothing", "1.5"], "--label-smoothing", "1.5", 2),
     "unknown option": (["--data", "good.csv", "--epoch", "1"], "--epoch", "--epochs", 2),
     "no data": ([], "--data", "Missing option", 2),
@@ -252,6 +255,44 @@ def test_report_on_stages_that_do_not_belong_together(here, run, chain):
     before = _snapshot(here)
     result = run("report", "--teacher", "t", "--student", chain.student, "--export", chain.export)
     _check(result, before, here, str(chain.student), "run `distill train-student --overwrite` again")
+
+
+EXPLANATIONS = {
+    "no stage": (["a text"], "runs/", "first"),
+    "empty text": (["good", " ", "--export", "b", "--version", "int8"], "text 2", "nothing to explain"),
+    "no INT8": (["good", "--export", "plain", "--version", "int8"], "--version int8", "export --int8"),
+    "data gone": (["--export", "b", "--version", "int8", "--data", "absent.csv"], "absent.csv", "--data"),
+}
+
+
+@pytest.mark.parametrize("kind", EXPLANATIONS)
+def test_bad_explanation(kind, here, run, chain):
+    options, place, remedy = EXPLANATIONS[kind]
+    shutil.copytree(chain.export, here / "b")
+    shutil.copytree(chain.export, here / "plain")
+    manifest = json.loads((here / "plain" / "distill.json").read_text())
+    table = pyarrow.parquet.read_table(here / "plain" / "predictions.parquet")
+    table = table.filter(pyarrow.compute.equal(table["version"], "onnx-fp32"))
+    pyarrow.parquet.write_table(table, here / "plain" / "predictions.parquet")
+    manifest["details"]["files"]["cpu"] = "onnx/model.onnx"
+    (here / "plain" / "distill.json").write_text(json.dumps(manifest))
+    before = _snapshot(here)
+    _check(run("explain", *options), before, here, place, remedy)
+
+
+REPORTS = {
+    "negative margin": (["--max-drop", "-1"], "--max-drop", "-1", 2),
+    "precision above one": (["--target-precision", "1.5"], "--target-precision", "1.5", 2),
+    "unknown method": (["--method", "anchors"], "--method", "shap", 2),
+    "no teacher": (["--teacher", "absent"], "--teacher absent", "run `distill train-teacher` first", 1),
+}
+
+
+@pytest.mark.parametrize("kind", REPORTS)
+def test_bad_report(kind, here, run, chain):
+    options, place, remedy, code = REPORTS[kind]
+    stages = ["--teacher", chain.teacher, "--student", chain.student, "--export", chain.export]
+    _check(run("report", *stages, *options), {}, here, place, remedy, code)
 
 
 PREDICTIONS = {

@@ -4,10 +4,12 @@ import torch
 from distill.teacher.training import TeacherOptions, _loss, balanced_weights, train_teacher
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
+from transformers import TrainingArguments
 
 from distill.artifact import read_manifest, verify
 from distill.errors import DistillError
 from distill.metrics import score
+from distill.models import load_model
 from distill.predictions import read_predictions
 from distill.trainer import ProgressCallback
 
@@ -113,3 +115,41 @@ def test_class_weights_smoothing_accumulation_and_checkpointing_run_together(tmp
         )
     )  # fmt: skip
     assert manifest.options["gradient_accumulation"] == 2
+
+
+def test_frozen_embeddings_stay_and_everything_else_is_trained(tmp_path, data_file, checkpoint):
+    from safetensors.torch import load_file
+
+    options = _options(tmp_path, data_file, checkpoint, max_steps=2, freeze_embeddings=True, dropout=0.0)
+    train_teacher(options)
+    before, after = (
+        load_file(checkpoint / "model.safetensors"),
+        load_file(options.output / "model.safetensors"),
+    )
+    name = "embeddings.word_embeddings.weight"
+    torch.testing.assert_close(after[f"bert.{name}"], before[name], rtol=0, atol=0)
+    other = "encoder.layer.0.output.dense.weight"
+    assert not torch.equal(after[f"bert.{other}"], before[other])
+
+
+def test_dropout_replaces_every_dropout_of_the_checkpoint(checkpoint):
+    config = load_model(str(checkpoint), ["a", "b"], dropout=0.25).config
+    assert config.hidden_dropout_prob == config.attention_probs_dropout_prob == 0.25
+    assert load_model(str(checkpoint), ["a", "b"]).config.hidden_dropout_prob == 0.1
+
+
+def test_batches_hold_texts_of_similar_length(tmp_path):
+    from datasets import Dataset
+
+    from distill.trainer import LossTrainer
+
+    lengths = np.random.default_rng(0).integers(5, 100, size=640).tolist()
+    train = Dataset.from_dict({"length": lengths})
+    arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=16, report_to=[], use_cpu=True)
+    trainer = LossTrainer(
+        torch.nn.Linear(1, 1), arguments, train_dataset=train, loss=lambda logits, batch: logits
+    )
+    order = list(trainer._get_train_sampler())
+    assert sorted(order) == list(range(640))
+    spread = [np.ptp([lengths[row] for row in order[start : start + 16]]) for start in range(0, 640, 16)]
+    assert np.median(spread) < 10
