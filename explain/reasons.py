@@ -174,10 +174,12 @@ def reasons_answer(summary: dict[str, Any], version: str) -> str:
         summary["versions"][name][key]["comprehensiveness"] for key in ("faithfulness", "random_faithfulness")
     )
     correlation = found["rank_correlation"]
+    if np.isnan(correlation):
+        return f"Not known: in {summary['sampled']} texts no word counts for anything."
     answer = "Mostly." if correlation >= 0.8 else "In part." if correlation >= OTHER_REASONS else "No."
     return (
-        f"{answer} What its words count for ranks like the teacher's (correlation {correlation:.2f} on "
-        f"average, 1 would be the same); {100 * found['top_overlap']:.0f} % of the {summary['top']} most "
+        f"{answer} Ordered by what they count for, its words correlate with the teacher's at {correlation:.2f} "
+        f"on average (1: the same order); {100 * found['top_overlap']:.0f} % of the {summary['top']} most "
         f"important words are the same; for {100 * found['other_reasons']:.0f} % of {summary['sampled']} "
         f"texts the reasons are others. Without its most important words its answer loses {100 * faith:.0f} "
         f"points of probability, without random ones {100 * chance:.0f}."
