@@ -27,7 +27,7 @@ def main(demo: Path, texts: int) -> None:
     RESULTS.mkdir(exist_ok=True)
     os.chdir(demo)
     try:
-        report, _ = compile_report(ReportOptions(texts=texts))
+        report, _, _ = compile_report(ReportOptions(texts=texts, explain=0))
     except DistillError as error:
         raise click.ClickException(str(error)) from error
     kept = {key: value for key, value in report.items() if key != "labels"}

@@ -119,6 +119,8 @@ def load_model(
             label2id={label: index for index, label in enumerate(labels)},
             trust_remote_code=False,
         )
+        if getattr(config, "pad_token_id", None) is None:  # decoders; their tokenizer pads with the same
+            config.pad_token_id = _first(config.eos_token_id)
         if dropout is not None:
             for name, value in config.to_dict().items():
                 if "dropout" in name and isinstance(value, float):
@@ -133,6 +135,10 @@ def load_model(
         )
 
 
+def _first(ids: int | list[int] | None) -> int | None:
+    return ids[0] if isinstance(ids, list) else ids
+
+
 def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model") -> Any:
     """Load a fast tokenizer that truncates at `max_length` tokens, or at the model's own limit."""
     with loading(checkpoint, option):
@@ -142,6 +148,11 @@ def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model") ->
         raise DistillError(
             f"{option} {checkpoint}: has no fast tokenizer (tokenizer.json); choose another checkpoint"
         )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise DistillError(f"{option} {checkpoint}: its tokenizer can neither pad nor end a text; "
+                               "choose another checkpoint")  # fmt: skip
+        tokenizer.pad_token = tokenizer.eos_token
     limits = [max_length, tokenizer.model_max_length]
     positions = getattr(config, "max_position_embeddings", None)
     if positions and positions > 0:
@@ -180,7 +191,7 @@ def batched_logits(
     start = 0
     with inference(device, precision):
         while start < len(order):
-            rows = order[start : start + max(1, batch_tokens // int(lengths[order[start]]))]
+            rows = order[start : start + max(1, batch_tokens // max(1, int(lengths[order[start]])))]
             batch = tokenizer.pad(inputs(rows), return_tensors="pt").to(device)
             logits[rows] = model(**batch).logits.float().cpu().numpy()
             start += len(rows)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 POSITIVE = click.IntRange(min=1)
 RATE = click.FloatRange(min=0, min_open=True)
 SHARE = click.FloatRange(0, 1)
+SEED = click.IntRange(0, 2**32 - 1)
 
 
 def _apply(function: Callable, options: list[Callable]) -> Callable:
@@ -108,7 +109,7 @@ def training_options(epochs: float, learning_rate: float) -> Callable[[Callable]
                     default="auto",
                     help="auto: the fastest that the device computes natively.",
                 ),
-                click.option("--seed", type=int, default=42, help="Of splits, heads and order."),
+                click.option("--seed", type=SEED, default=42, help="Of splits, heads and order."),
                 click.option("--resume", is_flag=True, help="Go on from the last checkpoint."),
             ],
         )

@@ -64,6 +64,12 @@ def _writer(output: Path | None, form: str) -> Iterator[Callable[[Row], None]]:
                     stream, list(row), delimiter="\t" if form == "tsv" else ",", lineterminator="\n"
                 )
                 table.writeheader()
+            new = [column for column in row if column not in table.fieldnames]
+            if new:
+                raise DistillError(
+                    f"a row has a column {new[0]!r} that the first row lacks, which {form} cannot hold; "
+                    "add --json"
+                )
             table.writerow(row)
 
         def write_jsonl(row: Row) -> None:
@@ -130,6 +136,9 @@ def predict(
     answers = classifier.stream_logits(_texts(again, name, text_column, text_pair_column))
     with _writer(output, target) as write:
         for (_, row), logits in zip(rows, answers, strict=False):
+            taken = [column for column in ("prediction", "score") if column in row]
+            if taken:
+                raise DistillError(f"{name}: already has a column {taken[0]!r}; rename it")
             probabilities = classifier.probabilities(logits)
             best = int(np.argmax(probabilities))
             extra: Row = {

@@ -94,6 +94,22 @@ def interval(value: float, samples: Samples, confidence: float = CONFIDENCE) -> 
     return Interval(float(value), float(low), float(high))
 
 
+def difference_interval(
+    value: float, samples: Samples, texts: int, confidence: float = CONFIDENCE
+) -> Interval:
+    """`interval` of a difference between two versions on `texts` texts, never narrower than texts can tell.
+
+    Where two versions hardly differ on the test texts, resampling these finds no uncertainty. But n texts
+    without any loss only show that the rate of losses is below 1 - a^(1/n) (Clopper and Pearson 1934; the
+    "rule of three"), so the interval reaches at least that far to both sides.
+    """
+    found = interval(value, samples, confidence)
+    least = 1 - ((1 - confidence) / 2) ** (1 / max(texts, 1))
+    return Interval(
+        found.value, max(-1.0, min(found.low, value - least)), min(1.0, max(found.high, value + least))
+    )
+
+
 @dataclass(frozen=True)
 class McNemar:
     """McNemar's exact test (1947) of two versions on the same texts.

@@ -27,12 +27,14 @@ def rank_correlation(first: Values, second: Values) -> float:
 
 
 def top_overlap(first: Values, second: Values, top: int = TOP) -> float:
-    """Share of the `top` words with the largest absolute values that two attributions have in common."""
-    size = min(top, len(first))
-    if not size:
+    """Share of the `top` words with the largest absolute values that two attributions have in common.
+
+    nan for texts of no more words than that, which would have all of them in common.
+    """
+    if len(first) <= top:
         return float("nan")
-    largest = [set(np.argsort(-np.abs(values), kind="stable")[:size].tolist()) for values in (first, second)]
-    return len(largest[0] & largest[1]) / size
+    largest = [set(np.argsort(-np.abs(values), kind="stable")[:top].tolist()) for values in (first, second)]
+    return len(largest[0] & largest[1]) / top
 
 
 def sign_flips(first: Values, second: Values) -> float:

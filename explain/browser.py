@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from distill.explain.agreement import OTHER_REASONS, rank_correlation
+from distill.explain.agreement import OTHER_REASONS, compare
 from distill.explain.attribution import Attribution
 from distill.explain.reasons import Reasons
 from distill.explain.versions import Version
 from distill.explain.words import Text
 
 MOST_ROWS = 2_000
-MOST_CHARACTERS = 1_500
+MOST_BYTES = 1_500
 
 
 def browse(
@@ -56,19 +56,17 @@ def browse(
 
 def _shorten(text: Text) -> str:
     joined = text if isinstance(text, str) else "\n".join(text)
-    if len(joined) <= MOST_CHARACTERS:
+    encoded = joined.encode("utf-8", "replace")
+    if len(encoded) <= MOST_BYTES:
         return joined
-    return f"{joined[:MOST_CHARACTERS]} … ({len(joined):,} characters)"
+    return f"{encoded[:MOST_BYTES].decode('utf-8', 'ignore')} … ({len(joined):,} characters)"
 
 
 def _explanation(found: dict[str, Attribution], classes: list[int]) -> dict[str, Any]:
     """Segments, the classes worth showing, values by version and class, agreement with the first version."""
     first, *others = found.values()
     shown = list(dict.fromkeys(classes))
-    correlations = [
-        rank_correlation(first.values[:, first.predicted], other.values[:, first.predicted])
-        for other in others
-    ]
+    agreements = [compare(first, other, first.predicted) for other in others]
     segments = list(first.words.segments)
     if first.words.first:
         segments[first.words.first - 1] += "\n"
@@ -76,6 +74,12 @@ def _explanation(found: dict[str, Attribution], classes: list[int]) -> dict[str,
         "w": segments,
         "c": shown,
         "v": [np.round(one.values[:, shown].T, 3).tolist() for one in found.values()],
-        "r": [None if np.isnan(value) else round(value, 2) for value in correlations],
-        "o": [bool(value < OTHER_REASONS) for value in correlations],
+        "r": [
+            [
+                None if np.isnan(value) else round(value, 2)
+                for value in (one.rank_correlation, one.top_overlap, one.sign_flips)
+            ]
+            for one in agreements
+        ],
+        "o": [bool(one.rank_correlation < OTHER_REASONS) for one in agreements],
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from distill.options import POSITIVE, output_options
+from distill.options import POSITIVE, SEED, output_options
 
 
 def stage_options(function: Callable) -> Callable:
@@ -51,8 +51,8 @@ def report(as_json: bool, output: Path, **options: Any) -> None:
     """Compare teacher, student and exported versions on the test split.
 
     Scores come from the saved predictions; latency is measured now, all versions in one run. With --max-drop
-    the command fails, after the report is written, when the lower end of the 95 % interval of the shipped
-    version's difference to the teacher falls below the margin.
+    the command fails, after the report is written, when the lower end of the 95 % interval of the difference
+    between the bundle's version for the CPU and the teacher falls below the margin.
     """
     from distill.explain.rendering import render
     from distill.explain.report import ReportOptions, require_quality, write_report
@@ -82,7 +82,7 @@ def report(as_json: bool, output: Path, **options: Any) -> None:
 @click.option("--method", type=click.Choice(["shap", "lime"]), default="shap", help="Of the explanations.")
 @stage_options
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="For the teacher.")
-@click.option("--seed", type=int, default=42, help="Of the sample and of the masked texts.")
+@click.option("--seed", type=SEED, default=42, help="Of the sample and of the masked texts.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object a text, with the values of every class."
 )

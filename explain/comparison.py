@@ -1,5 +1,6 @@
 """Quality, significance, calibration and abstention of every version, from its saved predictions."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +16,7 @@ from distill.significance import (
     RESAMPLES,
     Bootstrap,
     Interval,
+    difference_interval,
     interval,
     mcnemar,
     non_inferior,
@@ -22,6 +24,9 @@ from distill.significance import (
 )
 
 CURVE_POINTS = 60
+LEAST_DISCORDANT = 6
+"""An exact sign test of fewer texts cannot reach 5 %."""
+NAMED_CLASSES = 5
 NAMES = {"int8": "the INT8 version", "onnx-fp32": "the fp32 ONNX version"}
 
 
@@ -52,7 +57,9 @@ def compare_versions(
             "abstention": _abstention(version, target_precision),
         }
         if index:
-            row["difference"] = _differences(own, scores[0], boot, index)
+            apart = (predictions[index] == labels) != (predictions[0] == labels)
+            discordant = np.bincount(labels[apart], minlength=classes)
+            row["difference"] = _differences(own, scores[0], boot, index, discordant)
             row["mcnemar"] = asdict(mcnemar(labels, predictions[0], predictions[index]))
         rows.append(row)
     return rows
@@ -66,18 +73,43 @@ def _intervals(own: Scores, boot: Bootstrap, index: int) -> dict[str, Any]:
     }
 
 
-def _differences(own: Scores, reference: Scores, boot: Bootstrap, index: int) -> dict[str, Any]:
+def _differences(
+    own: Scores, reference: Scores, boot: Bootstrap, index: int, discordant: NDArray[np.int64]
+) -> dict[str, Any]:
+    """Scores less the reference's, with intervals; macro-F1 over the classes that the test split has.
+
+    A class is called worse or better where its interval at a level corrected for the number of classes
+    (Bonferroni) leaves out 0 and at least `LEAST_DISCORDANT` of its texts tell the versions apart.
+
+    Args:
+        own: scores of the version.
+        reference: scores of the first version.
+        boot: resampled scores of all versions.
+        index: number of the version.
+        discordant: texts of each class that only one of the two got right, shape (classes,).
+    """
+    support = np.array(reference.support)
+    texts = int(support.sum())
+    present = support > 0
+    f1 = np.array(own.f1) - np.array(reference.f1)
+    change = boot.f1[:, index] - boot.f1[:, 0]
+    tail = (1 - CONFIDENCE) / 2 / max(int(present.sum()), 1)
+    low, high = np.quantile(change, [tail, 1 - tail], axis=0)
+    told_apart = discordant >= LEAST_DISCORDANT
+    calls = np.where(told_apart & (high < 0), "worse", np.where(told_apart & (low > 0), "better", "even"))
     return {
         "accuracy": asdict(
-            interval(own.accuracy - reference.accuracy, boot.accuracy[:, index] - boot.accuracy[:, 0])
+            difference_interval(
+                own.accuracy - reference.accuracy, boot.accuracy[:, index] - boot.accuracy[:, 0], texts
+            )
         ),
         "macro_f1": asdict(
-            interval(own.macro_f1 - reference.macro_f1, boot.macro_f1[:, index] - boot.macro_f1[:, 0])
+            difference_interval(float(f1[present].mean()), change[:, present].mean(axis=1), texts)
         ),
         "f1": [
-            asdict(interval(f1 - reference.f1[label], boot.f1[:, index, label] - boot.f1[:, 0, label]))
-            for label, f1 in enumerate(own.f1)
+            asdict(interval(value, samples)) for value, samples in zip(f1.tolist(), change.T, strict=True)
         ],
+        "calls": calls.tolist(),
     }
 
 
@@ -102,6 +134,8 @@ def _abstention(version: Version, target_precision: float) -> dict[str, Any]:
     held_out = _confidence(version.validation.logits, version.validation.labels, version.temperature)
     confidence, right = _confidence(version.test.logits, version.test.labels, version.temperature)
     chosen = threshold_for(*held_out, target_precision)
+    if chosen:  # in four digits that a user can copy, rounded down so that no answer is lost
+        chosen = select(*held_out, math.floor(chosen.threshold * 1e4) / 1e4)
     curve = risk_coverage(confidence, right)
     shown = np.unique(np.linspace(0, len(curve) - 1, CURVE_POINTS).round().astype(int))
     return {
@@ -114,7 +148,11 @@ def _abstention(version: Version, target_precision: float) -> dict[str, Any]:
 
 
 def verdict(
-    rows: Sequence[dict[str, Any]], labels: Sequence[str], margin: float, texts: int
+    rows: Sequence[dict[str, Any]],
+    labels: Sequence[str],
+    margin: float,
+    texts: int,
+    default_margin: bool = False,
 ) -> dict[str, Any]:
     """Which version to ship, and what it loses, in words.
 
@@ -126,6 +164,7 @@ def verdict(
         labels: label names.
         margin: in points of macro-F1 (hundredths).
         texts: size of the test split.
+        default_margin: say that nobody chose the margin.
     """
     reference, exported = rows[0], [row for row in rows[1:] if row["version"] not in ("teacher", "student")]
     fit = [row for row in exported if non_inferior(Interval(**row["difference"]["macro_f1"]), margin / 100)]
@@ -139,11 +178,19 @@ def verdict(
     else:
         status = "unsettled"
         headline = f"Not settled: {texts:,} test texts cannot show that {name} is good enough."
-    worse = [
-        f"{labels[index]} ({100 * f1['value']:+.1f})"
-        for index, f1 in enumerate(row["difference"]["f1"])
-        if f1["high"] < 0
-    ]
+    difference = row["difference"]
+    worse = sorted(
+        (difference["f1"][index]["value"], labels[index])
+        for index, call in enumerate(difference["calls"])
+        if call == "worse"
+    )
+    named = ", ".join(f"{label} ({100 * value:+.1f} points)" for value, label in worse[:NAMED_CLASSES])
+    more = f" and {len(worse) - NAMED_CLASSES} more" if len(worse) > NAMED_CLASSES else ""
+    refused = [one for one in exported if one not in fit and one is not row]
+    loss = _loss(change, margin, default_margin) + "".join(
+        f" {one['version']} may lose up to {-100 * one['difference']['macro_f1']['low']:.2f}."
+        for one in refused
+    )
     return {
         "status": status,
         "version": row["version"],
@@ -158,25 +205,26 @@ def verdict(
             f"{reference['bytes'] / row['bytes']:.1f} times smaller ({row['bytes'] / 1e6:.1f} MB)."
         ),
         "answers": {
-            "Is it as good?": _loss(change, margin),
+            "Is it as good?": loss,
             "For which classes is it not?": (
-                f"F1 is lower, beyond chance, for {', '.join(worse)} points." if worse
+                f"F1 is lower, beyond chance, for {named}{more}." if worse
                 else "No class is shown to be worse; the widest interval of one class is "
-                f"{_widest(row['difference']['f1'])} points."
+                f"{_widest(difference['f1'])} points."
             ),
             "May I trust its confidence?": _trust(row),
         },
     }  # fmt: skip
 
 
-def _loss(change: dict[str, float], margin: float) -> str:
+def _loss(change: dict[str, float], margin: float, default_margin: bool) -> str:
     value, low, high = (100 * change[name] for name in ("value", "low", "high"))
     moved = f"loses {-value:.2f}" if value < 0 else f"gains {value:.2f}"
     within = "within" if low >= -margin else "beyond"
+    kind = "default margin" if default_margin else "margin"
     worst = f"may lose up to {-low:.2f}" if low < 0 else f"gains at least {low:.2f}"
     return (
         f"It {moved} points of macro-F1 on these texts ({100 * CONFIDENCE:.0f} % interval "
-        f"{low:+.2f} to {high:+.2f}): it {worst}, {within} the margin of {margin:g}."
+        f"{low:+.2f} to {high:+.2f}): it {worst}, {within} the {kind} of {margin:g}."
     )
 
 
@@ -196,7 +244,9 @@ def _trust(row: dict[str, Any]) -> str:
     if abstention["test"] is None:
         return f"{text} No threshold reached {wanted} precision on validation text."
     test = abstention["test"]
+    if not test["coverage"]:
+        return f"{text} No test text reaches the threshold for {wanted} precision."
     return (
-        f"{text} Answering only at {test['threshold']:.2f} and above covers {100 * test['coverage']:.0f} % "
+        f"{text} Answering only at {test['threshold']:.4g} and above covers {100 * test['coverage']:.0f} % "
         f"of texts with {100 * test['precision']:.1f} % right (threshold chosen on validation for {wanted})."
     )

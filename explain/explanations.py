@@ -25,7 +25,7 @@ class ExplainOptions:
 
     Attributes:
         texts: what to explain; with none, `sample` texts of the test split.
-        versions: which; with none, all that are there.
+        versions: which; with none, teacher, student and, if it was exported, int8.
     """
 
     texts: Sequence[Text] = ()
@@ -44,23 +44,26 @@ def _read(options: ExplainOptions) -> tuple[list[Version], Manifest]:
     """The wanted versions, reading only the folders that they need."""
     folders = dict(zip(STAGES, (options.teacher, options.student, options.export), strict=True))
     wanted = list(options.versions) or ["teacher", "student", "int8"]
+    needed = {
+        "train-teacher": "teacher" in wanted,
+        "train-student": "student" in wanted and not options.export.is_dir(),
+        "export": bool({"onnx-fp32", "int8"} & set(options.versions)) or options.export.is_dir(),
+    }
+    needed["export"] &= bool({"student", "onnx-fp32", "int8"} & set(wanted))
     found: dict[str, Version] = {}
-    manifest: Manifest | None = None
-    for (stage, folder), option in zip(reversed(folders.items()), reversed(OPTIONS), strict=True):
-        names = {"export": {"onnx-fp32", "int8"}, "train-student": {"student"}, "train-teacher": {"teacher"}}[
-            stage
-        ]
-        if names.isdisjoint(wanted) and not (stage == "export" and "student" in wanted):
-            continue
-        if stage == "train-student" and "student" in found:
-            continue
-        if stage == "export" and names.isdisjoint(wanted) and not folder.is_dir():
-            continue
-        versions, manifest = read_stage(folder, stage, option)
-        found |= {version.name: version for version in versions}
-        if "onnx-fp32" in found:
-            found["student"] = as_student(found["onnx-fp32"])
-    assert manifest is not None
+    manifests: dict[Path, Manifest] = {}
+    for (stage, folder), option in zip(folders.items(), OPTIONS, strict=True):
+        if needed[stage]:
+            versions, manifests[folder] = read_stage(folder, stage, option)
+            found |= {version.name: version for version in versions}
+    if "onnx-fp32" in found:
+        found["student"] = as_student(found["onnx-fp32"])
+    (first, manifest), *others = manifests.items()
+    for folder, other in others:
+        if other.labels != manifest.labels:
+            raise DistillError(
+                f"{folder}: its labels are not {first}'s; export the student of this teacher again"
+            )
     missing = [name for name in options.versions if name not in found]
     if missing:
         raise DistillError(

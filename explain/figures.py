@@ -45,7 +45,8 @@ def _steps(low: float, high: float, count: int = 4) -> list[float]:
     raw = max(high - low, 1e-6) / count
     magnitude = 10 ** math.floor(math.log10(raw))
     step = next(size * magnitude for size in (1, 2, 5, 10) if size * magnitude >= raw)
-    first, last = math.floor(low / step), math.ceil(high / step)
+    first = math.floor(low / step)
+    last = max(math.ceil(high / step), first + 1)
     return [number * step for number in range(first, last + 1)]
 
 
@@ -57,6 +58,8 @@ def accuracy_against_latency(versions: Sequence[dict[str, Any]]) -> Markup:
     ends = [row["intervals"]["macro_f1"] for row in versions]
     ticks = _steps(min(end["low"] for end in ends), max(end["high"] for end in ends))
 
+    decimals = max(2, math.ceil(-math.log10(ticks[1] - ticks[0])))
+
     def x_of(value: float) -> float:
         return left + (math.log10(value) - low) / (high - low) * (width - left - right)
 
@@ -66,7 +69,7 @@ def accuracy_against_latency(versions: Sequence[dict[str, Any]]) -> Markup:
     parts = []
     for tick in ticks:
         parts += [_line(left, y_of(tick), width - right, y_of(tick), "grid")]
-        parts += [_text(left - 6, y_of(tick) + 4, f"{tick:.2f}", "end")]
+        parts += [_text(left - 6, y_of(tick) + 4, f"{tick:.{decimals}f}", "end")]
     for power in range(-3, 5):
         for factor in (1, 2, 5):
             value = factor * 10.0**power
@@ -147,18 +150,17 @@ def risk_against_coverage(versions: Sequence[dict[str, Any]]) -> Markup:
     return _svg(width, height, "Wrong answers against texts answered", parts)
 
 
-def difference(change: dict[str, float], scale: float) -> Markup:
+def difference(change: dict[str, float], call: str, scale: float) -> Markup:
     """A difference of F1 with its interval on an axis from -scale to scale; the line in the middle is 0."""
     width, height = 140, 16
     x_of = [
         width / 2 + max(-1.0, min(1.0, change[name] / scale)) * (width / 2 - 4)
         for name in ("low", "value", "high")
     ]
-    kind = "worse" if change["high"] < 0 else "better" if change["low"] > 0 else "even"
     parts = [
         _line(width / 2, 0, width / 2, height, "grid"),
         Markup('<g class="{}">{}{}</g>').format(
-            kind,
+            call,
             _line(x_of[0], height / 2, x_of[2], height / 2, "bar"),
             Markup('<circle cx="{}" cy="{}" r="3.5"/>').format(f"{x_of[1]:.1f}", height / 2),
         ),

@@ -71,7 +71,8 @@ def render_page(report: dict[str, Any], browsed: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["points"] = lambda value: f"{100 * value:+.1f}"
-    environment.filters["percent"] = lambda value: f"{100 * value:.1f} %"
+    environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f} %"
+    environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.3f}"
     versions = report["versions"]
     shipped = next(row for row in versions if row["version"] == report["verdict"]["version"])
     changes = [change for row in versions[1:] for change in row["difference"]["f1"]]

@@ -97,7 +97,7 @@ def summarize(
     names = list(models)
     sample = reasons.attributions[: reasons.sampled]
     by_version = {}
-    for name in names:
+    for name in progress(iter(names), len(names), "Faithfulness of versions"):
         explained, random = faithfulness(
             [
                 (texts[row], found[name].words, found[name].values)
@@ -111,6 +111,11 @@ def summarize(
             "faithfulness": asdict(explained),
             "random_faithfulness": asdict(random),
             "agreement": _agreement(sample, names[0], name) if name != names[0] else None,
+            "agreement_by_class": {
+                label: _agreement(sample, names[0], name, index) for index, label in enumerate(labels)
+            }
+            if name != names[0]
+            else None,
             "top_words": _top_words(reasons.attributions, name, labels),
         }
     return {
@@ -128,9 +133,14 @@ def summarize(
     }
 
 
-def _agreement(sample: Sequence[dict[str, Attribution]], reference: str, name: str) -> dict[str, float]:
-    """Means over the texts on which the figure is defined."""
-    found = [compare(pair[reference], pair[name], pair[reference].predicted) for pair in sample]
+def _agreement(
+    sample: Sequence[dict[str, Attribution]], reference: str, name: str, label: int | None = None
+) -> dict[str, float]:
+    """Means over the texts where a figure is defined, about the class that the reference chose or `label`."""
+    found = [
+        compare(pair[reference], pair[name], pair[reference].predicted if label is None else label)
+        for pair in sample
+    ]
 
     def mean(values: list[float]) -> float:
         defined = [value for value in values if not np.isnan(value)]
@@ -148,12 +158,17 @@ def _agreement(sample: Sequence[dict[str, Attribution]], reference: str, name: s
 def _top_words(
     found: Sequence[dict[str, Attribution]], name: str, labels: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """For each class, the words that add most to its probability, summed over the texts."""
+    """For each class, the words that add most to its probability, summed over the texts.
+
+    A segment of several words, as long texts have, shares its value among them.
+    """
     values: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
     for pair in found:
-        for word, row in zip(pair[name].words.words, pair[name].values, strict=True):
-            if any(letter.isalnum() for letter in word) and " " not in word:
-                values[word.lower()].append(row)
+        for segment, row in zip(pair[name].words.words, pair[name].values, strict=True):
+            words = segment.split()
+            for word in words:
+                if any(letter.isalnum() for letter in word):
+                    values[word.lower()].append(row / len(words))
     frequent = {word: np.array(rows) for word, rows in values.items() if len(rows) >= LEAST_OCCURRENCES}
     top = {}
     for index, label in enumerate(labels):
@@ -168,7 +183,8 @@ def _top_words(
 
 def reasons_answer(summary: dict[str, Any], version: str) -> str:
     """One sentence: whether `version` answers for the reference's reasons."""
-    name = version if version in summary["versions"] else list(summary["versions"])[-1]
+    # The student is explained through its fp32 graph.
+    name = {"onnx-fp32": "student"}.get(version, version)
     found = summary["versions"][name]["agreement"]
     faith, chance = (
         summary["versions"][name][key]["comprehensiveness"] for key in ("faithfulness", "random_faithfulness")
@@ -178,9 +194,9 @@ def reasons_answer(summary: dict[str, Any], version: str) -> str:
         return f"Not known: in {summary['sampled']} texts no word counts for anything."
     answer = "Mostly." if correlation >= 0.8 else "In part." if correlation >= OTHER_REASONS else "No."
     return (
-        f"{answer} Ordered by what they count for, its words correlate with the teacher's at {correlation:.2f} "
-        f"on average (1: the same order); {100 * found['top_overlap']:.0f} % of the {summary['top']} most "
-        f"important words are the same; for {100 * found['other_reasons']:.0f} % of {summary['sampled']} "
-        f"texts the reasons are others. Without its most important words its answer loses {100 * faith:.0f} "
-        f"points of probability, without random ones {100 * chance:.0f}."
+        f"{answer} Ordered by what they count for, its words correlate with the teacher's at "
+        f"{correlation:.2f} on average (1: the same order); {100 * found['top_overlap']:.0f} % of the "
+        f"{summary['top']} most important words are the same; for {100 * found['other_reasons']:.0f} % of "
+        f"{summary['sampled']} texts the reasons are others. Without its most important words its answer "
+        f"loses {100 * faith:.0f} points of probability, without random ones {100 * chance:.0f}."
     )

@@ -17,7 +17,7 @@ from distill.explain.versions import (
 )
 from distill.explain.words import Text
 
-from distill.artifact import Manifest, check_output, publish
+from distill.artifact import Manifest, check_output, manifest_hash, publish
 from distill.data import reload_data
 from distill.errors import DistillError
 from distill.latency import cpu_name, measure
@@ -106,7 +106,7 @@ def compile_report(options: ReportOptions) -> tuple[dict[str, Any], dict[str, An
         "labels": bundle.labels,
         "cpu": cpu_name(),
         "latency_texts": min(options.texts, len(texts)),
-        "verdict": verdict(rows, bundle.labels, margin, len(texts)),
+        "verdict": verdict(rows, bundle.labels, margin, len(texts), options.max_drop is None),
         "versions": rows,
         "reasons": None,
     }
@@ -162,6 +162,10 @@ def write_report(options: ReportOptions) -> dict[str, Any]:
         },
         seed=bundle.seed,
         data=bundle.data,
+        parents=[
+            {"path": str(folder), "manifest_sha256": manifest_hash(folder)}
+            for folder in (options.teacher, options.student, options.export)
+        ],
         metrics={row["version"]: {"macro_f1": row["scores"]["macro_f1"]} for row in report["versions"]},
     )
     with publish(options.output, manifest, options.overwrite) as folder:

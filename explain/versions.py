@@ -176,6 +176,10 @@ def open_for_explanation(
         else:
             encoded = tokenizer(list(texts), truncation=True)
         columns = {name: encoded[name] for name in tokenizer.model_input_names if name in encoded}
+        for row, ids in enumerate(encoded["input_ids"]):
+            if not ids:  # the empty text, where a tokenizer adds nothing at the ends
+                for name, values in columns.items():
+                    values[row] = [{"input_ids": tokenizer.pad_token_id, "attention_mask": 1}.get(name, 0)]
         lengths = np.array([len(ids) for ids in encoded["input_ids"]])
 
         def inputs(rows: NDArray[np.int64]) -> dict[str, Any]:

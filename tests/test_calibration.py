@@ -64,9 +64,16 @@ def test_the_temperature_undoes_a_known_scale(scale):
     np.testing.assert_array_equal((logits / temperature).argmax(1), logits.argmax(1))
 
 
-def test_the_temperature_stays_finite_where_every_answer_is_right():
-    logits = np.eye(3, dtype=np.float32)
-    assert 0.04 < fit_temperature(logits, np.arange(3)) < 21
+@pytest.mark.parametrize("rows", [3, 30, 300])
+def test_the_temperature_stays_sober_where_every_answer_is_right_or_wrong(rows):
+    logits = 3 * np.eye(3, dtype=np.float32)[np.arange(rows) % 3]
+    assert 0.3 < fit_temperature(logits, np.arange(rows) % 3) < 2
+    assert fit_temperature(logits, (np.arange(rows) + 1) % 3) <= 20
+
+
+def test_a_threshold_that_nothing_reaches_has_no_precision():
+    found = select(np.array([0.5, 0.6]), np.array([True, True]), 0.9)
+    assert found.coverage == 0 and np.isnan(found.precision)
 
 
 def test_coverage_and_precision_of_every_threshold():

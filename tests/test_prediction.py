@@ -61,3 +61,17 @@ def test_a_file_is_written_whole(chain, run, tmp_path, expected):
     assert run("predict", tmp_path / "a.csv", "--bundle", chain.export, "--output", output).stdout == ""
     assert [json.loads(line)["prediction"] for line in output.read_text().splitlines()] == expected
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_row_with_another_column_than_the_first_ends_in_one_line(chain, run, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "lovely"}\n{"text": "awful", "stars": 1}\n')
+    result = run("predict", path, "--bundle", chain.export)
+    assert result.exit_code == 1 and "'stars'" in result.stderr and "--json" in result.stderr
+    assert run("predict", path, "--bundle", chain.export, "--json").exit_code == 0
+
+
+def test_a_column_that_would_be_overwritten_is_refused(chain, run, tmp_path):
+    path = write_csv(tmp_path / "in.csv", [("lovely", "5")], ("text", "score"))
+    result = run("predict", path, "--bundle", chain.export)
+    assert result.exit_code == 1 and "already has a column 'score'; rename it" in result.stderr

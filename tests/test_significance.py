@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from distill.significance import Interval, interval, mcnemar, non_inferior, paired_bootstrap
+from distill.significance import (
+    Interval,
+    difference_interval,
+    interval,
+    mcnemar,
+    non_inferior,
+    paired_bootstrap,
+)
 
 
 def _answers(labels, accuracy, classes, generator):
@@ -77,6 +84,7 @@ def test_the_same_seed_gives_the_same_interval_and_chunks_do_not_matter(two_vers
     assert chunked.macro_f1.mean() == pytest.approx(once.macro_f1.mean(), abs=0.005)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_as_often_as_they_say():
     """Nominal 95 %, 93 to 97 observed, over test sets drawn from known classifiers."""
     generator = np.random.default_rng(0)
@@ -123,6 +131,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
         assert 0.93 <= count / rounds <= 0.97, (name, count / rounds)
 
 
+@pytest.mark.slow
 def test_ten_thousand_resamples_of_twelve_thousand_rows_take_seconds():
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 28, size=12_000)
@@ -155,3 +164,14 @@ def test_macro_f1_of_resamples_ignores_classes_that_never_occur():
     labels = np.array([0, 0, 1, 1])
     boot = paired_bootstrap(labels, [labels], classes=5, resamples=10)
     np.testing.assert_array_equal(boot.macro_f1, 1.0)
+
+
+def test_a_difference_is_never_surer_than_the_number_of_texts_allows():
+    nothing = np.zeros(100)
+    assert difference_interval(0.0, nothing, 5).low == pytest.approx(-(1 - 0.025 ** (1 / 5)))
+    found = difference_interval(0.0, nothing, 1000)
+    # Clopper and Pearson's upper end for no loss in 1000 texts
+    exact = scipy.stats.binomtest(0, 1000).proportion_ci(method="exact").high
+    assert (found.low, found.high) == pytest.approx((-exact, exact))
+    wide = np.linspace(-0.2, 0.1, 1000)
+    assert difference_interval(-0.05, wide, 1000) == interval(-0.05, wide)

@@ -23,8 +23,9 @@ const filters = [
   ...data.versions.slice(1).map((name, index) => [
     `${name} is right, ${data.versions[0]} wrong`, row => !wrong(row, index + 1) && wrong(row, 0)]),
   ["explained", row => row.w !== undefined],
-  ...data.versions.slice(1).map((name, index) => [
-    `${name}: same answer, other reasons`, row => row.o && row.o[index] && row.a[index + 1][0] === row.a[0][0]]),
+  ...data.versions.slice(1).flatMap((name, index) => [
+    [`${name} is right, for other reasons`, row => row.o && row.o[index] && !wrong(row, index + 1)],
+    [`${name} is wrong, for other reasons`, row => row.o && row.o[index] && wrong(row, index + 1)]]),
 ];
 filters.forEach(([name], index) => who.append(new Option(name, index)));
 data.labels.forEach((label, index) => byClass.append(new Option(label, index)));
@@ -55,6 +56,14 @@ function words(row, version, position) {
   return node;
 }
 
+function agreement([correlation, top, flips]) {
+  const parts = [];
+  if (correlation !== null) parts.push(`order of words ${correlation.toFixed(2)}`);
+  if (top !== null) parts.push(`top words in common ${Math.round(100 * top)} %`);
+  if (flips !== null) parts.push(`signs flipped ${Math.round(100 * flips)} %`);
+  return parts.length ? `against ${data.versions[0]}: ${parts.join(", ")}` : "";
+}
+
 function explained(row) {
   const node = element("div"), chooser = element("select"), columns = element("div", undefined, "versions");
   chooser.setAttribute("aria-label", "Class that the words speak for");
@@ -64,8 +73,8 @@ function explained(row) {
     columns.replaceChildren(...data.versions.map((_, version) => {
       const column = element("div"), head = element("h4");
       head.append(answer(row, version));
-      if (version && row.r[version - 1] !== null) head.append(` · reasons correlate ${row.r[version - 1].toFixed(2)}`);
       column.append(head, words(row, version, Number(chooser.value)));
+      if (version) column.append(element("p", agreement(row.r[version - 1]), "agreement"));
       return column;
     }));
   };

@@ -90,10 +90,11 @@ def test_every_filter_shows_what_it_says(driver, browsed):
             for index, name in enumerate(versions) if index
         },
         **{
-            f"{name}: same answer, other reasons": sum(
-                "o" in row and row["o"][index - 1] and row["a"][index][0] == row["a"][0][0] for row in rows
+            f"{name} is {word}, for other reasons": sum(
+                "o" in row and row["o"][index - 1] and (row["a"][index][0] == row["y"]) is right for row in rows
             )
             for index, name in enumerate(versions) if index
+            for word, right in (("right", True), ("wrong", False))
         },
     }  # fmt: skip
     offered = [option.text for option in Select(driver.find_element("id", "who")).options]

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -70,3 +71,24 @@ def test_lime_claims_no_sum(chain, run):
 def test_words_beyond_the_first_dozen_are_summed_up(chain, run):
     result = run("explain", " ".join(f"word{n}" for n in range(20)), *_stages(chain), "--version", "int8")
     assert "8 other words" in result.stdout
+
+
+def test_folders_of_other_labels_are_refused(chain, run, tmp_path):
+    shutil.copytree(chain.teacher, tmp_path / "t")
+    manifest = json.loads((tmp_path / "t" / "distill.json").read_text())
+    (tmp_path / "t" / "distill.json").write_text(json.dumps({**manifest, "labels": ["a", "b", "c"]}))
+    result = run("explain", TEXT, "--teacher", tmp_path / "t", "--export", chain.export)
+    assert result.exit_code == 1 and "its labels are not" in result.stderr
+
+
+def test_a_text_is_run_once_however_often_it_is_asked_for(chain):
+    from distill.explain.attribution import attribute
+
+    seen = []
+
+    def model(texts):
+        seen.extend(texts)
+        return np.tile([0.5, 0.5], (len(texts), 1))
+
+    attribute(" ".join(f"word{n}" for n in range(12)), {"one": model})
+    assert len(seen) == len(set(seen))

@@ -133,7 +133,7 @@ def test_the_browser_lists_explained_then_disputed_then_wrong_texts(tmp_path):
     assert rows[0]["n"] == 8 and rows[0]["w"] == ["text", " number", " 7"]
     values = found["int8"].values
     np.testing.assert_allclose(rows[0]["v"][2], values[:, rows[0]["c"]].T, atol=5e-4)
-    assert rows[0]["o"] == [r is not None and r < OTHER_REASONS for r in rows[0]["r"]]
+    assert rows[0]["o"] == [r[0] is not None and r[0] < OTHER_REASONS for r in rows[0]["r"]]
     predicted = np.stack([version.test.predicted for version in versions])
     truth = versions[0].test.labels
     wanted = {n for n in range(100) if (predicted[:, n] != truth[n]).any()} | {7}

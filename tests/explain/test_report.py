@@ -2,13 +2,15 @@ import json
 
 import numpy as np
 import pytest
-from distill.explain.comparison import verdict
+from distill.explain.comparison import compare_versions, verdict
+from distill.explain.reasons import reasons_answer
 from distill.explain.rendering import render
 from distill.explain.report import ReportOptions
+from distill.explain.versions import Version
 from sklearn.metrics import classification_report, confusion_matrix
 
 from distill import write_report
-from distill.predictions import read_predictions
+from distill.predictions import Predictions, read_predictions
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def _row(name, latency, low, value, high):
     change = {"value": value, "low": low, "high": high}
     return {
         "version": name, "latency_ms": latency, "speedup": 2.0, "bytes": 10, "macro_f1_kept": 0.9,
-        "scores": {"macro_f1": 0.8}, "difference": {"macro_f1": change, "f1": [change, change]},
+        "scores": {"macro_f1": 0.8}, "difference": {"macro_f1": change, "f1": [change, change], "calls": ["even", "even"]},
         "calibration": {"calibrated": {"ece": 0.1}, "uncalibrated": {"ece": 0.2}},
         "abstention": {"target_precision": 0.9, "test": None},
     }  # fmt: skip
@@ -150,8 +152,9 @@ def test_the_verdict_is_the_fastest_exported_version_that_is_not_inferior(int8, 
 def test_the_verdict_names_the_classes_that_are_worse():
     row = _row("int8", 1.0, -0.02, -0.01, 0.0)
     row["difference"]["f1"][1] = {"value": -0.05, "low": -0.09, "high": -0.01}
+    row["difference"]["calls"][1] = "worse"
     answer = verdict([TEACHER, row], ["a", "b"], 3.0, 500)["answers"]["For which classes is it not?"]
-    assert "b (-5.0)" in answer and "a (" not in answer
+    assert "b (-5.0 points)" in answer and "a (" not in answer
 
 
 def test_max_drop_gates_and_the_report_is_written_all_the_same(chain, run, tmp_path, monkeypatch):
@@ -164,3 +167,93 @@ def test_max_drop_gates_and_the_report_is_written_all_the_same(chain, run, tmp_p
     assert result.stderr.strip().splitlines()[-1].startswith("Error: --max-drop 0.5: int8 may lose")
     assert (tmp_path / "b" / "report.html").is_file()
     assert run("report", *stages, "--output", tmp_path / "c").exit_code == 0
+
+
+def test_when_int8_is_refused_the_page_says_so_and_gives_the_reasons_of_what_is_shipped():
+    found = verdict([TEACHER, FP32, _row("int8", 1.0, -0.02, -0.01, 0.0)], ["a", "b"], 1.0, 500)
+    assert "int8 may lose up to 2.00." in found["answers"]["Is it as good?"]
+    one = {"rank_correlation": 0.9, "top_overlap": 0.5, "sign_flips": 0.0, "other_reasons": 0.0}
+    faith = {"comprehensiveness": 0.3, "sufficiency": 0.0}
+    versions = {
+        name: {
+            "agreement": {**one, "rank_correlation": value},
+            "faithfulness": faith,
+            "random_faithfulness": faith,
+        }
+        for name, value in (("student", 0.91), ("int8", 0.72))
+    }
+    summary = {"versions": versions, "top": 3, "sampled": 9}
+    assert "0.91" in reasons_answer(summary, "onnx-fp32") and "0.72" in reasons_answer(summary, "int8")
+    versions["int8"]["agreement"]["rank_correlation"] = float("nan")
+    assert reasons_answer(summary, "int8").startswith("Not known")
+
+
+def _version(name, labels, predicted, classes, tmp_path):
+    logits = 4 * np.eye(classes, dtype=np.float32)[predicted]
+    answers = Predictions([str(n) for n in range(len(labels))], labels, logits)
+    return Version(name, tmp_path, "x.onnx", 1, 64, answers, answers, 1.0)
+
+
+def test_equally_good_versions_are_not_called_worse_in_some_of_150_classes(tmp_path):
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(150), 30)
+    versions = []
+    for name in ("teacher", "int8"):
+        wrong = generator.random(len(labels)) < 0.15
+        predicted = np.where(wrong, generator.integers(0, 150, size=len(labels)), labels)
+        versions.append(_version(name, labels, predicted, 150, tmp_path))
+    rows = compare_versions(versions, 150, 0.9, seed=0)
+    assert sum(call != "even" for call in rows[1]["difference"]["calls"]) <= 1
+    predicted = np.where((labels == 7) & (generator.random(len(labels)) < 0.7), 8, versions[0].test.predicted)
+    rows = compare_versions(
+        [versions[0], _version("int8", labels, predicted, 150, tmp_path)], 150, 0.9, seed=0
+    )
+    assert rows[1]["difference"]["calls"][7] == "worse"
+
+
+def test_one_lost_text_of_a_rare_class_is_not_called_worse(tmp_path):
+    labels = np.array([0] * 50 + [1] * 50 + [2])
+    lost = labels.copy()
+    lost[-1] = 0
+    versions = [_version("teacher", labels, labels, 3, tmp_path), _version("int8", labels, lost, 3, tmp_path)]
+    assert compare_versions(versions, 3, 0.9, seed=0)[1]["difference"]["calls"] == ["even"] * 3
+
+
+def test_a_class_that_the_test_split_lacks_does_not_move_the_difference(tmp_path):
+    labels = np.repeat([0, 1], 100)
+    strayed = labels.copy()
+    strayed[0] = 2
+    versions = [
+        _version("teacher", labels, labels, 3, tmp_path),
+        _version("int8", labels, strayed, 3, tmp_path),
+    ]
+    change = compare_versions(versions, 3, 0.9, seed=0)[1]["difference"]["macro_f1"]
+    assert -0.01 < change["value"] < 0
+
+
+def test_versions_that_are_all_perfect_make_a_report(tmp_path):
+    from distill.explain.figures import accuracy_against_latency, risk_against_coverage
+
+    labels = np.repeat([0, 1], 20)
+    versions = [_version(name, labels, labels, 2, tmp_path) for name in ("teacher", "onnx-fp32", "int8")]
+    rows = [
+        {**row, "latency_ms": 1.0, "speedup": 1.0, "bytes": 9}
+        for row in compare_versions(versions, 2, 0.9, 0)
+    ]
+    assert "svg" in accuracy_against_latency(rows) and "svg" in risk_against_coverage(rows)
+    assert verdict(rows, ["a", "b"], 3.0, 40)["status"] == "unsettled"  # 40 texts cannot exclude 3 points
+
+
+def test_an_export_without_int8_and_lime_make_a_report(chain, tmp_path):
+    from distill.export.bundle import ExportOptions
+
+    from distill import export_student
+
+    export_student(ExportOptions(student=chain.student, output=tmp_path / "b"))
+    options = ReportOptions(
+        chain.teacher, chain.student, tmp_path / "b", tmp_path / "r", texts=2, explain=2, method="lime"
+    )
+    content = write_report(options)
+    assert content["verdict"]["version"] == "onnx-fp32"
+    assert list(content["reasons"]["versions"]) == ["teacher", "student"]
+    assert (tmp_path / "r" / "report.html").is_file()

@@ -153,3 +153,22 @@ def test_batches_hold_texts_of_similar_length(tmp_path):
     assert sorted(order) == list(range(640))
     spread = [np.ptp([lengths[row] for row in order[start : start + 16]]) for start in range(0, 640, 16)]
     assert np.median(spread) < 10
+
+
+@pytest.mark.slow
+def test_a_decoder_without_a_padding_token_is_fine_tuned(tmp_path, data_file):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [], trainers.BpeTrainer(special_tokens=["<end>"], initial_alphabet=alphabet)
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", model_max_length=64)
+    fast.save_pretrained(tmp_path / "gpt")
+    config = GPT2Config(vocab_size=len(fast), n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=0)
+    GPT2Model(config).save_pretrained(tmp_path / "gpt")
+    manifest = train_teacher(_options(tmp_path, data_file, tmp_path / "gpt", max_steps=2))
+    assert manifest.metrics["test"]["accuracy"] >= 0
