@@ -324,7 +324,7 @@ def _printer() -> type[TrainerCallback]:
 
 
 def predict_logits(
-    model: Any, tokenizer: Any, dataset: Dataset, device: str, precision: str, batch_tokens: int = 4096
+    model: Any, tokenizer: Any, dataset: Dataset, device: str, precision: str
 ) -> NDArray[np.float32]:
     """Logits for every row, shape (n, classes), computed in batches of similar length.
 
@@ -334,13 +334,11 @@ def predict_logits(
         dataset: with `text` and perhaps `text_pair`.
         device: "cpu" or "cuda".
         precision: "fp32", "bf16" or "fp16" (autocast).
-        batch_tokens: how many padded tokens a batch may hold.
     """
     encoded = tokenize(dataset, tokenizer)
     inputs = encoded.select_columns(
         [name for name in tokenizer.model_input_names if name in encoded.column_names]
     )
     model.to(device).eval()
-    return batched_logits(
-        model, tokenizer, inputs.__getitem__, np.asarray(encoded["length"]), device, precision, batch_tokens
-    )
+    lengths = np.asarray(encoded["length"])
+    return batched_logits(model, tokenizer, inputs.__getitem__, lengths, device, precision)

@@ -167,7 +167,7 @@ def open_for_explanation(
     model.to(device)
     # Masked texts have all lengths up to the whole text's: on a CPU, padding costs more than small batches
     # do.
-    batch_tokens = 512 if device == "cpu" else 32_768
+    batch_tokens = 512 if device == "cpu" else None
 
     def probabilities(texts: Sequence[Text]) -> NDArray[np.float64]:
         pairs = [text for text in texts if isinstance(text, tuple)]

@@ -7,7 +7,7 @@ from conftest import make_tokenizer
 from distill import models
 from distill.data import load_data
 from distill.errors import DistillError
-from distill.models import choose_precision, load_model, load_tokenizer
+from distill.models import BATCH_TOKENS, choose_precision, load_model, load_tokenizer
 from distill.trainer import predict_logits
 
 
@@ -53,10 +53,11 @@ def test_texts_are_cut_at_what_the_models_positions_hold(tmp_path, family, limit
     assert model(ids).logits.shape == (1, 2)
 
 
-def test_logits_in_batches_equal_those_of_single_texts(chain):
+def test_logits_in_batches_equal_those_of_single_texts(chain, monkeypatch):
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 50)
     data = load_data(str(chain.data), quiet=True)
     model, tokenizer = load_model(str(chain.teacher), data.labels), load_tokenizer(str(chain.teacher), 64)
-    found = predict_logits(model, tokenizer, data.splits["test"], "cpu", "fp32", batch_tokens=50)
+    found = predict_logits(model, tokenizer, data.splits["test"], "cpu", "fp32")
     for row, text in zip(found, data.splits["test"]["text"], strict=True):
         with torch.no_grad():
             single = model(**tokenizer(text, return_tensors="pt")).logits[0].numpy()
