@@ -30,7 +30,7 @@ def stage_options(function: Callable) -> Callable:
 @click.option(
     "--explain",
     type=click.IntRange(min=0),
-    default=60,
+    default=40,
     help="Test texts to explain, besides half as many disagreements; 0: none.",
 )
 @click.option("--method", type=click.Choice(["shap", "lime"]), default="shap", help="Of the explanations.")

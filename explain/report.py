@@ -45,7 +45,7 @@ class ReportOptions:
     output: Path = Path("runs/report")
     data: str | None = None
     texts: int = 200
-    explain: int = 60
+    explain: int = 40
     method: str = "shap"
     max_drop: float | None = None
     target_precision: float = 0.9
