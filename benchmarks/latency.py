@@ -19,7 +19,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @click.command()
 @click.argument("demo", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"))
-@click.option("--texts", default=1000, help="Test texts to measure.")
+@click.option("--texts", default=300, help="Test texts to measure.")
 def main(demo: Path, texts: int) -> None:
     """Measure every version of the demo's classifier."""
     if not (demo / "runs" / "export").is_dir():

@@ -130,6 +130,10 @@ def predict(
         raise DistillError(f"--output {output}: already there; add --overwrite to replace it")
     if output and not output.parent.is_dir():
         raise DistillError(f"--output {output}: no folder {output.parent}; make it first")
+    if source != "-" and not Path(source).suffix and not Path(source).exists():
+        raise DistillError(
+            f"{source}: no such file; to classify a text, pipe it in: echo {source!r} | distill predict"
+        )
     name = "standard input" if source == "-" else source
     rows, again = tee(_standard_input(form or "text") if source == "-" else read_rows(Path(source)))
     classifier = Classifier(bundle, provider=provider, threads=threads)

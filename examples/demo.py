@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -135,4 +136,7 @@ def demo(output: Path) -> None:
         f"The report is {output}/runs/report/report.html; open it in a browser. "
         f"The classifier is {output}/runs/export; try it:"
     )
-    click.echo(f'  echo "What a lovely surprise" | distill predict --bundle {output}/runs/export')
+    command = (
+        "distill" if shutil.which("distill") else os.path.relpath(Path(sys.executable).with_name("distill"))
+    )
+    click.echo(f'  echo "What a lovely surprise" | {command} predict --bundle {output}/runs/export')

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Probabilities = Callable[[Sequence[Text]], NDArray[np.float64]]
 METHODS = ("shap", "lime")
 EXACT_WORDS = 8
-PERMUTATIONS = 5
+PERMUTATIONS = 3
 LIME_SAMPLES = 500
 LIME_KERNEL_WIDTH = 25.0
 

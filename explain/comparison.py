@@ -177,7 +177,7 @@ def verdict(
         status, headline = "reject", f"Do not ship {name} yet: it loses too much."
     else:
         status = "unsettled"
-        headline = f"Not settled: {texts:,} test texts cannot show that {name} is good enough."
+        headline = f"Ship {name} only if you can accept a loss of up to {-100 * change['low']:.1f} points."
     difference = row["difference"]
     worse = sorted(
         (difference["f1"][index]["value"], labels[index])

@@ -147,8 +147,9 @@ def show(entry: dict[str, Any]) -> str:
     lines += ["", f"  {title:{width}}  " + "  ".join(f"{name:>10}" for name in versions)]
     values = np.array([one["values"][label] for one in versions.values()])
     order = np.argsort(-np.abs(values).max(axis=0), kind="stable")
+    nothing = "(no words)" if entry["method"] == "shap" else "(intercept)"
     lines.append(
-        f"  {'(no words)':{width}}  " + "  ".join(f"{one['base'][label]:10.3f}" for one in versions.values())
+        f"  {nothing:{width}}  " + "  ".join(f"{one['base'][label]:10.3f}" for one in versions.values())
     )
     for row in order[:SHOWN_WORDS]:
         lines.append(
@@ -156,6 +157,6 @@ def show(entry: dict[str, Any]) -> str:
         )
     if len(order) > SHOWN_WORDS:
         rest = values[:, order[SHOWN_WORDS:]].sum(axis=1)
-        name = f"{len(order) - SHOWN_WORDS} other words"
+        name = f"others ({len(order) - SHOWN_WORDS})"
         lines.append(f"  {name:{width}}  " + "  ".join(f"{value:+10.3f}" for value in rest))
     return "\n".join(lines)

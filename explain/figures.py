@@ -115,7 +115,10 @@ def reliability(index: int, name: str, found: dict[str, Any]) -> Markup:
             x, y = at(confidence, accuracy)
             marker = _marker(index, x, y, title, 2 + 4 * math.sqrt(count / most))
             parts.append(Markup('<g class="{}">{}</g>').format(kind, marker))
-    parts += [_text(left + side / 2, size - 2, "stated probability")]
+    parts += [
+        _text(left + side / 2, size - 2, "stated probability"),
+        _text(left + 4, top + 14, "share right", "start"),
+    ]
     return _svg(size, size + 4, f"Reliability of {name}", parts)
 
 

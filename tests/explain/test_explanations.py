@@ -70,7 +70,7 @@ def test_lime_claims_no_sum(chain, run):
 
 def test_words_beyond_the_first_dozen_are_summed_up(chain, run):
     result = run("explain", " ".join(f"word{n}" for n in range(20)), *_stages(chain), "--version", "int8")
-    assert "8 other words" in result.stdout
+    assert "others (8)" in result.stdout
 
 
 def test_folders_of_other_labels_are_refused(chain, run, tmp_path):

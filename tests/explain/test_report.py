@@ -182,8 +182,9 @@ def test_when_int8_is_refused_the_page_says_so_and_gives_the_reasons_of_what_is_
         }
         for name, value in (("student", 0.91), ("int8", 0.72))
     }
-    summary = {"versions": versions, "top": 3, "sampled": 9}
+    summary = {"versions": versions, "top": 3, "sampled": 40}
     assert "0.91" in reasons_answer(summary, "onnx-fp32") and "0.72" in reasons_answer(summary, "int8")
+    assert reasons_answer({**summary, "sampled": 4}, "int8").startswith("Not known: only 4")
     versions["int8"]["agreement"]["rank_correlation"] = float("nan")
     assert reasons_answer(summary, "int8").startswith("Not known")
 
