@@ -195,8 +195,8 @@ def reasons_answer(summary: dict[str, Any], version: str) -> str:
         return f"Not known: in {summary['sampled']} texts no word counts for anything."
     if summary["sampled"] < FEW_TEXTS:
         return (
-            f"Not known: only {summary['sampled']} random texts were explained (order of words correlates with "
-            f"the teacher's at {correlation:.2f})."
+            f"Not known: only {summary['sampled']} random texts were explained (order of words correlates "
+            f"with the teacher's at {correlation:.2f})."
         )
     answer = "Mostly." if correlation >= 0.8 else "In part." if correlation >= OTHER_REASONS else "No."
     return (
