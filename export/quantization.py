@@ -70,6 +70,24 @@ def quantize(model: Path, target: Path, setting: Setting) -> None:
         )
     finally:
         logging.disable(logging.NOTSET)
+    _keep_layer_norm_apart(target)
+
+
+def _keep_layer_norm_apart(path: Path) -> None:
+    """Let no runtime fuse LayerNormalization with the addition before it.
+
+    ONNX Runtime's fused CPU kernel is slower than the two plain ones, and it rounds differently, which
+    dynamic quantization then magnifies. Its fusion looks for Add, so the addition is spelt as a Sum of two.
+    Optimum and transformers, which open the file with every fusion on, then compute what `Classifier` does.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    normalized = {node.input[0] for node in model.graph.node if node.op_type == "LayerNormalization"}
+    for node in model.graph.node:
+        if node.op_type == "Add" and node.output[0] in normalized:
+            node.op_type = "Sum"
+    onnx.save(model, path)
 
 
 @dataclass(frozen=True)

@@ -63,3 +63,15 @@ def test_every_setting_quantizes_the_embedding_table_too(chain, tmp_path, settin
     weights = onnx.load(tmp_path / "q.onnx").graph.initializer
     large = [w for w in weights if len(w.dims) == 2 and w.dims[0] * w.dims[1] >= 512]
     assert large and all(w.data_type != onnx.TensorProto.FLOAT for w in large)
+
+
+def test_every_runtime_computes_the_same_whatever_it_fuses(chain):
+    import numpy as np
+    import onnxruntime
+
+    path = str(chain.export / "onnx" / "model_quantized.onnx")
+    few = onnxruntime.InferenceSession(path, disabled_optimizers=["SkipLayerNormFusion"])
+    every = onnxruntime.InferenceSession(path)
+    ids = np.arange(5, 25, dtype=np.int64)[None]
+    feeds = {node.name: np.ones_like(ids) for node in few.get_inputs()} | {"input_ids": ids}
+    np.testing.assert_array_equal(few.run(None, feeds)[0], every.run(None, feeds)[0])
