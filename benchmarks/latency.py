@@ -30,9 +30,9 @@ def main(demo: Path, texts: int) -> None:
         report, _, _ = compile_report(ReportOptions(texts=texts, explain=0))
     except DistillError as error:
         raise click.ClickException(str(error)) from error
-    kept = {key: value for key, value in report.items() if key != "labels"}
-    for row in kept["versions"]:
-        row.pop("scores")
+    kept = {key: report[key] for key in ("cpu", "latency_texts")}
+    figures = ("version", "file", "parameters", "bytes", "latency_ms", "speedup")
+    kept["versions"] = [{name: row[name] for name in figures} for row in report["versions"]]
     (RESULTS / "latency.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     click.echo(render_summary(report))
 

@@ -210,6 +210,13 @@ def reload_data(manifest: dict[str, Any], labels: list[str], source: str | None 
     return data
 
 
+def texts_of(dataset: Dataset) -> list[str | tuple[str, str]]:
+    """Texts, or pairs of texts, as `Classifier` takes them."""
+    if "text_pair" in dataset.column_names:
+        return list(zip(dataset["text"], dataset["text_pair"], strict=True))
+    return list(dataset["text"])
+
+
 def load_unlabeled(source: str, columns: Columns | None = None) -> Dataset:
     """Load texts without labels: columns id, text (and text_pair), empty texts dropped."""
     dataset = read_file(Path(source), columns or Columns(), labelled=False)

@@ -151,7 +151,6 @@ def verdict(
     rows: Sequence[dict[str, Any]],
     labels: Sequence[str],
     margin: float,
-    texts: int,
     default_margin: bool = False,
 ) -> dict[str, Any]:
     """Which version to ship, and what it loses, in words.
@@ -163,7 +162,6 @@ def verdict(
         rows: of `compare_versions`, with `latency_ms`, `speedup` and `bytes` added.
         labels: label names.
         margin: in points of macro-F1 (hundredths).
-        texts: size of the test split.
         default_margin: say that nobody chose the margin.
     """
     reference, exported = rows[0], [row for row in rows[1:] if row["version"] not in ("teacher", "student")]

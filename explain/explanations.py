@@ -12,7 +12,7 @@ from distill.explain.versions import OPTIONS, STAGES, Version, as_student, open_
 from distill.explain.words import Text
 
 from distill.artifact import Manifest
-from distill.data import reload_data
+from distill.data import reload_data, texts_of
 from distill.errors import DistillError
 
 VERSIONS = ("teacher", "student", "onnx-fp32", "int8")
@@ -77,10 +77,7 @@ def _sample(options: ExplainOptions, manifest: Manifest) -> list[Text]:
     rows = np.random.default_rng(options.seed).choice(
         len(test), min(options.sample, len(test)), replace=False
     )
-    chosen = test.select(np.sort(rows))
-    if "text_pair" in test.column_names:
-        return list(zip(chosen["text"], chosen["text_pair"], strict=True))
-    return list(chosen["text"])
+    return texts_of(test.select(np.sort(rows)))
 
 
 def explain_texts(options: ExplainOptions) -> list[dict[str, Any]]:

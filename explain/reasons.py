@@ -66,7 +66,7 @@ def progress(items: Iterator[Any], total: int, title: str) -> Iterator[Any]:
         if number * 5 // max(total, 1) > shown:
             shown = number * 5 // total
             left = (time.monotonic() - started) / number * (total - number)
-            logger.info("%s: %d of %d texts, %d s left", title, number, total, left)
+            logger.info("%s: %d of %d, %d s left", title, number, total, left)
 
 
 def explain_rows(
@@ -98,7 +98,7 @@ def summarize(
     names = list(models)
     sample = reasons.attributions[: reasons.sampled]
     by_version = {}
-    for name in progress(iter(names), len(names), "Faithfulness of versions"):
+    for name in progress(iter(names), len(names), "Faithfulness"):
         explained, random = faithfulness(
             [
                 (texts[row], found[name].words, found[name].values)

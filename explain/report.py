@@ -18,7 +18,7 @@ from distill.explain.versions import (
 from distill.explain.words import Text
 
 from distill.artifact import Manifest, check_output, manifest_hash, publish
-from distill.data import reload_data
+from distill.data import reload_data, texts_of
 from distill.errors import DistillError
 from distill.latency import cpu_name, measure
 from distill.significance import Interval, non_inferior
@@ -53,13 +53,6 @@ class ReportOptions:
     overwrite: bool = False
 
 
-def _test_texts(bundle: Manifest, source: str | None) -> list[Text]:
-    test = reload_data(bundle.data, bundle.labels, source).splits["test"]
-    if "text_pair" in test.column_names:
-        return list(zip(test["text"], test["text_pair"], strict=True))
-    return list(test["text"])
-
-
 def _latency(versions: list[Version], labels: list[str], texts: list[Text], count: int) -> dict[str, float]:
     """Median milliseconds a text, one text at a time, one thread each, in one run."""
     import torch
@@ -89,7 +82,7 @@ def compile_report(options: ReportOptions) -> tuple[dict[str, Any], dict[str, An
     from distill.explain.browser import browse
 
     versions, bundle = read_versions(options.teacher, options.student, options.export)
-    texts = _test_texts(bundle, options.data)
+    texts = texts_of(reload_data(bundle.data, bundle.labels, options.data).splits["test"])
     latency = _latency(versions, bundle.labels, texts, options.texts)
     rows = compare_versions(versions, len(bundle.labels), options.target_precision, bundle.seed)
     for row, version in zip(rows, versions, strict=True):
@@ -106,15 +99,15 @@ def compile_report(options: ReportOptions) -> tuple[dict[str, Any], dict[str, An
         "labels": bundle.labels,
         "cpu": cpu_name(),
         "latency_texts": min(options.texts, len(texts)),
-        "verdict": verdict(rows, bundle.labels, margin, len(texts), options.max_drop is None),
+        "verdict": verdict(rows, bundle.labels, margin, options.max_drop is None),
         "versions": rows,
         "reasons": None,
     }
+    shown = explained_versions(versions)
     reasons = None
     if options.explain:
         from distill.explain.reasons import choose_rows, explain_rows, reasons_answer, summarize
 
-        shown = explained_versions(versions)
         models = {
             version.name: open_for_explanation(version, bundle.labels, options.device) for version in shown
         }
@@ -124,7 +117,7 @@ def compile_report(options: ReportOptions) -> tuple[dict[str, Any], dict[str, An
         report["verdict"]["answers"]["Is it right for the same reasons?"] = reasons_answer(
             report["reasons"], report["verdict"]["version"]
         )
-    return _without_nan(report), browse(explained_versions(versions), texts, bundle.labels, reasons), bundle
+    return _without_nan(report), browse(shown, texts, bundle.labels, reasons), bundle
 
 
 def _without_nan(value: Any) -> Any:

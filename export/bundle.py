@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from distill.export.onnx import export_fp32, fuse
 from distill.export.quantization import Setting, Trial, choose, quantize, settings
 from distill.export.verification import compare, require_parity
@@ -17,13 +16,13 @@ from numpy.typing import NDArray
 
 from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest, verify
 from distill.calibration import fit_temperature
-from distill.data import Data, reload_data
+from distill.data import Data, reload_data, texts_of
 from distill.errors import DistillError
 from distill.latency import cpu_name, measure
 from distill.metrics import score
 from distill.models import load_model, load_tokenizer
 from distill.predictions import EVALUATED, write_predictions
-from distill.runtime import Classifier, Text
+from distill.runtime import Classifier
 from distill.trainer import predict_logits
 
 logger = logging.getLogger(__name__)
@@ -43,13 +42,6 @@ class ExportOptions:
     max_drop: float = 1.0
     data: str | None = None
     overwrite: bool = False
-
-
-def texts_of(dataset: Dataset) -> list[Text]:
-    """Texts, or pairs of texts, as `Classifier` takes them."""
-    if "text_pair" in dataset.column_names:
-        return list(zip(dataset["text"], dataset["text_pair"], strict=True))
-    return list(dataset["text"])
 
 
 class _Draft:

@@ -145,7 +145,7 @@ FP32 = _row("onnx-fp32", 3.0, -0.005, 0.0, 0.005)
     ],
 )
 def test_the_verdict_is_the_fastest_exported_version_that_is_not_inferior(int8, margin, status, version):
-    found = verdict([TEACHER, FP32, int8], ["a", "b"], margin, 500)
+    found = verdict([TEACHER, FP32, int8], ["a", "b"], margin)
     assert (found["status"], found["version"]) == (status, version)
 
 
@@ -153,7 +153,7 @@ def test_the_verdict_names_the_classes_that_are_worse():
     row = _row("int8", 1.0, -0.02, -0.01, 0.0)
     row["difference"]["f1"][1] = {"value": -0.05, "low": -0.09, "high": -0.01}
     row["difference"]["calls"][1] = "worse"
-    answer = verdict([TEACHER, row], ["a", "b"], 3.0, 500)["answers"]["For which classes is it not?"]
+    answer = verdict([TEACHER, row], ["a", "b"], 3.0)["answers"]["For which classes is it not?"]
     assert "b (-5.0 points)" in answer and "a (" not in answer
 
 
@@ -170,7 +170,7 @@ def test_max_drop_gates_and_the_report_is_written_all_the_same(chain, run, tmp_p
 
 
 def test_when_int8_is_refused_the_page_says_so_and_gives_the_reasons_of_what_is_shipped():
-    found = verdict([TEACHER, FP32, _row("int8", 1.0, -0.02, -0.01, 0.0)], ["a", "b"], 1.0, 500)
+    found = verdict([TEACHER, FP32, _row("int8", 1.0, -0.02, -0.01, 0.0)], ["a", "b"], 1.0)
     assert "int8 may lose up to 2.00." in found["answers"]["Is it as good?"]
     one = {"rank_correlation": 0.9, "top_overlap": 0.5, "sign_flips": 0.0, "other_reasons": 0.0}
     faith = {"comprehensiveness": 0.3, "sufficiency": 0.0}
@@ -242,7 +242,7 @@ def test_versions_that_are_all_perfect_make_a_report(tmp_path):
         for row in compare_versions(versions, 2, 0.9, 0)
     ]
     assert "svg" in accuracy_against_latency(rows) and "svg" in risk_against_coverage(rows)
-    assert verdict(rows, ["a", "b"], 3.0, 40)["status"] == "unsettled"  # 40 texts cannot exclude 3 points
+    assert verdict(rows, ["a", "b"], 3.0)["status"] == "unsettled"  # 40 texts cannot exclude 3 points
 
 
 def test_an_export_without_int8_and_lime_make_a_report(chain, tmp_path):
