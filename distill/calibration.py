@@ -56,7 +56,7 @@ def calibration(logits: Logits, labels: Labels, temperature: float = 1.0) -> Cal
         labels: true classes, shape (n,).
         temperature: see `fit_temperature`.
     """
-    probabilities = softmax(np.asarray(logits, dtype=np.float64) / temperature)
+    probabilities = softmax(logits, temperature)
     top = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == labels
     # The first bin is [0, 1/15], the others are open at their lower edge.

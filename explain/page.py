@@ -87,6 +87,7 @@ def render_page(report: dict[str, Any], browsed: dict[str, Any]) -> str:
         few_classes=len(report["labels"]) <= FEW_CLASSES,
         scatter=figures.accuracy_against_latency(versions),
         risk=figures.risk_against_coverage(versions),
+        line_key=figures.line_key,
         reliability=figures.reliability,
         difference=figures.difference,
         scale=min(scale, 0.5),

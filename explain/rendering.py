@@ -9,7 +9,9 @@ def render(report: dict[str, Any], markdown: bool) -> str:
     questions = [f"{_strong(question, markdown)} {text}" for question, text in found["answers"].items()]
     parts = [
         _heading(found["headline"], 1, markdown),
-        f"On {report['texts']:,} test texts: {found['summary'][0].lower()}{found['summary'][1:]}",
+        found["summary"],
+        f"{report['created']}: {report['texts']:,} test texts of {report['data']}; "
+        f"teacher made from {report['model']}.",
         *questions,
         _versions_table(report, markdown),
         f"Latency: median of {report['latency_texts']} test texts, one at a time, one thread, all versions "

@@ -2,11 +2,12 @@
 
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.explain.comparison import compare_versions, verdict
+from distill.explain.comparison import QUESTIONS, compare_versions, only_guesses, verdict
 from distill.explain.rendering import render
 from distill.explain.versions import (
     Version,
@@ -17,7 +18,7 @@ from distill.explain.versions import (
 )
 from distill.explain.words import Text
 
-from distill.artifact import Manifest, check_output, manifest_hash, publish
+from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest
 from distill.data import reload_data, texts_of
 from distill.errors import DistillError
 from distill.latency import cpu_name, measure
@@ -94,6 +95,9 @@ def compile_report(options: ReportOptions) -> tuple[dict[str, Any], dict[str, An
     margin = DEFAULT_MARGIN if options.max_drop is None else options.max_drop
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
+        "created": time.strftime("%Y-%m-%d", time.gmtime()),
+        "data": _short(options.data or bundle.data["source"]),
+        "model": _short(read_manifest(options.teacher, "train-teacher", "--teacher").options["model"]),
         "split": "test",
         "texts": len(texts),
         "labels": bundle.labels,
@@ -114,10 +118,15 @@ def compile_report(options: ReportOptions) -> tuple[dict[str, Any], dict[str, An
         chosen, sampled = choose_rows(shown, options.explain, bundle.seed)
         reasons = explain_rows(texts, chosen, sampled, models, options.method, bundle.seed)
         report["reasons"] = summarize(reasons, texts, bundle.labels, models, options.method, bundle.seed)
-        report["verdict"]["answers"]["Is it right for the same reasons?"] = reasons_answer(
-            report["reasons"], report["verdict"]["version"]
-        )
+        answers = report["verdict"]["answers"]
+        answers[QUESTIONS[2]] = reasons_answer(report["reasons"], report["verdict"]["version"])
+        report["verdict"]["answers"] = {question: answers[question] for question in QUESTIONS}
     return _without_nan(report), browse(shown, texts, bundle.labels, reasons), bundle
+
+
+def _short(source: str) -> str:
+    """A Hub id as it is; of a path, its last part."""
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def _without_nan(value: Any) -> Any:
@@ -179,6 +188,11 @@ def require_quality(report: dict[str, Any], output: Path) -> None:
     """
     found, row = report["verdict"], report["versions"][-1]
     change = Interval(**row["difference"]["macro_f1"])
+    if only_guesses(report["versions"][0]):
+        raise DistillError(
+            f"--max-drop {found['margin']:g}: the teacher is not shown to do better than guessing: keeping "
+            f"its quality proves nothing; see {output}, then train it longer"
+        )
     if non_inferior(change, found["margin"] / 100):
         return
     raise DistillError(

@@ -56,7 +56,7 @@ class Version:
     @property
     def probabilities(self) -> NDArray[np.float64]:
         """Calibrated probabilities on test text, shape (n, classes)."""
-        return softmax(self.test.logits.astype(np.float64) / self.temperature)
+        return softmax(self.test.logits, self.temperature)
 
 
 def read_stage(folder: Path, stage: str, option: str) -> tuple[list[Version], Manifest]:
@@ -158,9 +158,7 @@ def open_for_explanation(
 
     if version.in_onnx:
         classifier = Classifier(version.folder, provider="cpu", file=version.file)
-        return lambda texts: softmax(
-            classifier.predict_logits(texts).astype(np.float64) / version.temperature
-        )
+        return lambda texts: softmax(classifier.predict_logits(texts), version.temperature)
     model, tokenizer = _open_pytorch(version, labels)
     device = choose_device(device)
     precision = choose_precision(device)
@@ -186,6 +184,6 @@ def open_for_explanation(
             return {name: [values[row] for row in rows] for name, values in columns.items()}
 
         logits = batched_logits(model, tokenizer, inputs, lengths, device, precision, batch_tokens)
-        return softmax(logits.astype(np.float64) / version.temperature)
+        return softmax(logits, version.temperature)
 
     return probabilities

@@ -132,6 +132,13 @@ def test_duplicates_inside_a_split_are_reported_and_across_splits_leave_train_ne
     assert _texts(data, "test").count("both") == 2
 
 
+def test_the_examples_of_duplicates_are_different_texts(tmp_path):
+    write_csv(tmp_path / "train.csv", [*ROWS[:90], *[("!", "neutral")] * 4, ROWS[5]])
+    write_csv(tmp_path / "test.csv", ROWS[90:])
+    found = _kinds(load_data(str(tmp_path)))["duplicate text", "train"]
+    assert found.count == 4 and sorted(found.examples) == sorted(["'!'", repr(ROWS[5][0])])
+
+
 def test_a_changed_file_is_read_again_and_changes_the_fingerprint(tmp_path):
     path = tmp_path / "a.csv"
     first = load_data(str(write_csv(path, ROWS)))

@@ -80,7 +80,7 @@ function explained(row) {
   };
   chooser.addEventListener("change", draw);
   draw();
-  const label = element("label", "words for or against ");
+  const label = element("label", "Words coloured for or against ");
   label.append(chooser);
   node.append(label, columns);
   return node;

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from distill.explain.comparison import compare_versions, verdict
+from distill.explain.comparison import QUESTIONS, compare_versions, only_guesses, verdict
 from distill.explain.reasons import reasons_answer
 from distill.explain.rendering import render
 from distill.explain.report import ReportOptions
@@ -10,6 +10,7 @@ from distill.explain.versions import Version
 from sklearn.metrics import classification_report, confusion_matrix
 
 from distill import write_report
+from distill.metrics import score
 from distill.predictions import Predictions, read_predictions
 
 
@@ -118,7 +119,11 @@ def test_reasons_are_given_for_teacher_student_and_int8_and_sum_up(content):
     assert reasons["sampled"] == 4
     for one in reasons["versions"].values():
         assert one["largest_residual"] < 1e-3
-    assert "Is it right for the same reasons?" in content["verdict"]["answers"]
+    assert tuple(content["verdict"]["answers"]) == QUESTIONS
+
+
+def test_the_report_names_its_data_and_the_teachers_checkpoint(content, checkpoint, data_file):
+    assert (content["model"], content["data"]) == (checkpoint.name, data_file.name)
 
 
 def _row(name, latency, low, value, high):
@@ -131,7 +136,13 @@ def _row(name, latency, low, value, high):
     }  # fmt: skip
 
 
-TEACHER = {"version": "teacher", "bytes": 100, "scores": {"macro_f1": 0.85}}
+TEACHER = {
+    "version": "teacher",
+    "bytes": 100,
+    "scores": {"macro_f1": 0.85, "support": [50, 50]},
+    "intervals": {"macro_f1": {"low": 0.8}},
+}
+SIZES = {"latency_ms": 1.0, "speedup": 1.0, "bytes": 9}
 FP32 = _row("onnx-fp32", 3.0, -0.005, 0.0, 0.005)
 
 
@@ -147,6 +158,33 @@ FP32 = _row("onnx-fp32", 3.0, -0.005, 0.0, 0.005)
 def test_the_verdict_is_the_fastest_exported_version_that_is_not_inferior(int8, margin, status, version):
     found = verdict([TEACHER, FP32, int8], ["a", "b"], margin)
     assert (found["status"], found["version"]) == (status, version)
+
+
+def test_beside_a_teacher_that_only_guesses_nothing_is_recommended(chain, run, tmp_path, monkeypatch):
+    labels = np.repeat(np.arange(4), 50)
+    versions = [_version(name, labels, np.roll(labels, 25), 4, tmp_path) for name in ("teacher", "int8")]
+    assert not only_guesses(compare_versions(versions, 4, 0.9, seed=0)[0])  # half of the texts right
+    blind = np.random.default_rng(0).integers(0, 4, len(labels))
+    versions = [_version(name, labels, blind, 4, tmp_path) for name in ("teacher", "int8")]
+    rows = [{**row, **SIZES} for row in compare_versions(versions, 4, 0.9, seed=0)]
+    found = verdict(rows, list("abcd"), 50.0)
+    assert found["status"] == "reject" and found["headline"].startswith("Train the teacher first")
+
+    monkeypatch.setattr("distill.explain.report.only_guesses", lambda row: True)
+    stages = ["--teacher", chain.teacher, "--student", chain.student, "--export", chain.export]
+    result = run("report", *stages, "--explain", 0, "--max-drop", 100, "--output", tmp_path / "r")
+    assert result.exit_code == 1
+    assert "--max-drop 100: the teacher is not shown" in result.stderr
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.1), (0.98, 0.01, 0.01), (0.25,) * 4])
+def test_answers_that_ignore_the_text_reach_a_macro_f1_of_at_most_one_by_the_classes(shares):
+    generator = np.random.default_rng(0)
+    classes = len(shares)
+    labels = generator.choice(classes, size=200_000, p=shares)
+    for answers in (shares, (1, *[0] * (classes - 1)), (1 / classes,) * classes):
+        blind = generator.choice(classes, size=len(labels), p=answers)
+        assert score(labels, blind, classes).macro_f1 <= 1 / classes + 0.005
 
 
 def test_the_verdict_names_the_classes_that_are_worse():
@@ -237,10 +275,7 @@ def test_versions_that_are_all_perfect_make_a_report(tmp_path):
 
     labels = np.repeat([0, 1], 20)
     versions = [_version(name, labels, labels, 2, tmp_path) for name in ("teacher", "onnx-fp32", "int8")]
-    rows = [
-        {**row, "latency_ms": 1.0, "speedup": 1.0, "bytes": 9}
-        for row in compare_versions(versions, 2, 0.9, 0)
-    ]
+    rows = [{**row, **SIZES} for row in compare_versions(versions, 2, 0.9, 0)]
     assert "svg" in accuracy_against_latency(rows) and "svg" in risk_against_coverage(rows)
     assert verdict(rows, ["a", "b"], 3.0)["status"] == "unsettled"  # 40 texts cannot exclude 3 points
 
