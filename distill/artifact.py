@@ -79,6 +79,9 @@ def _versions() -> dict[str, str]:
 def check_output(output: Path, overwrite: bool) -> None:
     """Refuse, before any work is done, an output folder that must not be replaced."""
     if not output.exists():
+        place = next(parent for parent in output.absolute().parents if parent.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise DistillError(f"--output {output}: cannot be made in {place}; choose another --output")
         return
     if not output.is_dir():
         raise DistillError(f"--output {output}: this is a file; name a folder")
@@ -114,13 +117,19 @@ def publish(output: Path, manifest: Manifest, overwrite: bool) -> Iterator[Path]
             for path in sorted(partial.rglob("*"))
             if path.is_file()
         }
-        (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n")
+        content = json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n"
+        (partial / MANIFEST).write_text(content, encoding="utf-8")
         check_output(output, overwrite)
         old = output.parent / f".{output.name}.old"
         shutil.rmtree(old, ignore_errors=True)
         if output.exists():
             os.replace(output, old)
-        os.replace(partial, output)
+        try:
+            os.replace(partial, output)
+        except BaseException:
+            if old.exists() and not output.exists():
+                os.replace(old, output)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

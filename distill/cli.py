@@ -58,6 +58,10 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except DistillError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise click.ClickException(f"{error.filename}: {error.strerror}") from error
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] == "distill":
                 raise

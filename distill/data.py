@@ -68,7 +68,7 @@ def _drop_unusable(split: str, dataset: Dataset, findings: list[Finding]) -> Dat
     return dataset if len(keep) == len(dataset) else dataset.select(keep)
 
 
-def _label_names(splits: dict[str, Dataset], findings: list[Finding]) -> list[str]:
+def _label_names(splits: dict[str, Dataset]) -> list[str]:
     counts = {split: Counter(dataset["label"]) for split, dataset in splits.items()}
     names = sorted(set().union(*counts.values()))
     if all(re.fullmatch(r"-?\d+", name) for name in names):
@@ -79,13 +79,19 @@ def _label_names(splits: dict[str, Dataset], findings: list[Finding]) -> list[st
     if rows > 20 and len(counts["train"]) > rows / 2:
         raise DistillError(f"--data: {len(counts['train'])} different labels in {rows} rows; "
                            "is this the label column? Name it with --label-column")  # fmt: skip
-    unseen = [name for name in names if name not in counts["train"]]
+    return names
+
+
+def _find_unseen(splits: dict[str, Dataset], findings: list[Finding]) -> None:
+    """Report labels that no training text has."""
+    counts = {split: Counter(dataset["label"]) for split, dataset in splits.items()}
+    held_out = counts["validation"] + counts["test"]
+    unseen = sorted(set(held_out) - set(counts["train"]))
     if unseen:
-        rare = sum(counter[name] for name in unseen for counter in counts.values())
+        rare = sum(held_out[name] for name in unseen)
         findings.append(
             Finding("label only in evaluation", "train", rare, unseen[:3], "kept, but cannot be learnt")
         )
-    return names
 
 
 def _split(dataset: Dataset, missing: list[str], seed: int, findings: list[Finding]) -> dict[str, Dataset]:
@@ -153,7 +159,7 @@ def load_data(
     if not len(raw["train"]):
         raise DistillError(f"--data {source}: no row of the training split has both a text and a label")
     splits = {name: dataset for name, dataset in raw.items() if len(dataset)}
-    names = _label_names(splits, findings)
+    names = _label_names(splits)
     unknown = [name for name in names if labels is not None and name not in labels]
     if unknown:
         raise DistillError(
@@ -166,6 +172,12 @@ def load_data(
         raise DistillError(
             f"--data {source}: every training text is also in validation or test; nothing is left to train on"
         )
+    if not len(splits["validation"]):
+        raise DistillError(
+            f"--data {source}: every validation text is also in test; give others, or give no validation "
+            "file, and some of the training texts are taken"
+        )
+    _find_unseen(splits, findings)
     index = {name: position for position, name in enumerate(names)}
     ready = DatasetDict()
     for name in ("train", "validation", "test"):

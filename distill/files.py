@@ -43,7 +43,7 @@ def find_column(
     raise DistillError(f"{place}: which column? Found {', '.join(present)}; name one with {option}")
 
 
-def _lines(file: TextIO, name: str) -> Iterator[str]:
+def read_lines(file: TextIO, name: str) -> Iterator[str]:
     """Lines of a text file; a byte that is not UTF-8 becomes an error that names its line."""
     number = 0
     while True:
@@ -72,7 +72,7 @@ def read_csv(file: TextIO, name: str, delimiter: str = ",") -> Iterator[tuple[in
             the header; the first such rows and their number are named.
     """
     csv.field_size_limit(MAX_FIELD)
-    reader = csv.reader(_lines(file, name), delimiter=delimiter, strict=True)
+    reader = csv.reader(read_lines(file, name), delimiter=delimiter, strict=True)
     try:
         header = next(reader, None)
         if not header:
@@ -107,7 +107,7 @@ def read_csv(file: TextIO, name: str, delimiter: str = ",") -> Iterator[tuple[in
 
 def read_jsonl(file: TextIO, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, object) from a file with one JSON object a line."""
-    for number, line in enumerate(_lines(file, name), start=1):
+    for number, line in enumerate(read_lines(file, name), start=1):
         if not line.strip():
             continue
         try:

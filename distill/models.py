@@ -121,8 +121,9 @@ def load_model(
             label2id={label: index for index, label in enumerate(labels)},
             trust_remote_code=False,
         )
-        if getattr(config, "pad_token_id", None) is None:  # decoders; their tokenizer pads with the same
-            config.pad_token_id = _first(config.eos_token_id)
+        if getattr(config, "pad_token_id", None) is None:
+            # Decoders: the classifier reads the last token that is not this one.
+            config.pad_token_id = load_tokenizer(checkpoint, 1, option).pad_token_id
         if dropout is not None:
             for name, value in config.to_dict().items():
                 if "dropout" in name and isinstance(value, float):
@@ -135,10 +136,6 @@ def load_model(
             trust_remote_code=False,
             dtype=torch.float32,
         )
-
-
-def _first(ids: int | list[int] | None) -> int | None:
-    return ids[0] if isinstance(ids, list) else ids
 
 
 def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model") -> Any:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,16 +15,17 @@ import click
 import numpy as np
 
 from distill.errors import DistillError
-from distill.files import TEXT_COLUMNS, find_column, read_csv, read_jsonl, read_rows
+from distill.files import TEXT_COLUMNS, find_column, read_csv, read_jsonl, read_lines, read_rows
 
 Row = dict[str, Any]
+SURROGATE = re.compile("[\ud800-\udfff]")
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
 
 
 def _standard_input(form: str) -> Iterator[tuple[int, Row]]:
     stream = sys.stdin
     assert isinstance(stream, io.TextIOWrapper)
-    stream.reconfigure(encoding="utf-8", newline="")
+    stream.reconfigure(encoding="utf-8-sig", newline="")
     if form in ("csv", "tsv"):
         yield from read_csv(stream, "standard input", "\t" if form == "tsv" else ",")
     elif form == "jsonl":
@@ -31,7 +33,7 @@ def _standard_input(form: str) -> Iterator[tuple[int, Row]]:
     elif form == "parquet":
         raise DistillError("--format parquet: Parquet cannot be streamed from standard input; name the file")
     else:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(read_lines(stream, "standard input"), start=1):
             yield number, {"text": line.rstrip("\r\n")}
 
 
@@ -43,6 +45,11 @@ def _texts(rows: Iterator[tuple[int, Row]], name: str, column: str | None, pair:
             if not isinstance(row.get(wanted), str):
                 raise DistillError(
                     f"{name}, row {number}: no text in column {wanted!r}; found {row.get(wanted)!r}"
+                )
+            if SURROGATE.search(row[wanted]):
+                raise DistillError(
+                    f"{name}, row {number}: column {wanted!r} holds half of a character (a lone surrogate); "
+                    "take it out"
                 )
         yield row[chosen] if pair is None else (row[chosen], row[pair])
 
@@ -73,7 +80,7 @@ def _writer(output: Path | None, form: str) -> Iterator[Callable[[Row], None]]:
             table.writerow(row)
 
         def write_jsonl(row: Row) -> None:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
         try:
             yield write_jsonl if form == "jsonl" else write_csv
@@ -124,8 +131,12 @@ def predict(
     from distill.runtime import Classifier
 
     target = "jsonl" if as_json else (output.suffix.lstrip(".").lower() if output else "csv")
+    if output and as_json and output.suffix.lower() in (".csv", ".tsv"):
+        raise DistillError(f"--output {output}: --json writes JSON; name a .jsonl file, or leave --json out")
     if output and target not in ("csv", "tsv", "jsonl"):
         raise DistillError(f"--output {output}: unknown kind of file; use .csv, .tsv or .jsonl")
+    if output and output.is_dir():
+        raise DistillError(f"--output {output}: this is a folder; name a file in it")
     if output and output.exists() and not overwrite:
         raise DistillError(f"--output {output}: already there; add --overwrite to replace it")
     if output and not output.parent.is_dir():
@@ -138,9 +149,10 @@ def predict(
     rows, again = tee(_standard_input(form or "text") if source == "-" else read_rows(Path(source)))
     classifier = Classifier(bundle, provider=provider, threads=threads)
     answers = classifier.stream_logits(_texts(again, name, text_column, text_pair_column))
+    added = ("prediction", "score", *(["probabilities"] if as_json else []))
     with _writer(output, target) as write:
         for (_, row), logits in zip(rows, answers, strict=False):
-            taken = [column for column in ("prediction", "score") if column in row]
+            taken = [column for column in added if column in row]
             if taken:
                 raise DistillError(f"{name}: already has a column {taken[0]!r}; rename it")
             probabilities = classifier.probabilities(logits)

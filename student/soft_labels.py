@@ -1,5 +1,6 @@
 """The teacher's logits: computed once per (teacher, text), kept on disk, found again by the text's id."""
 
+import hashlib
 import logging
 import os
 import time
@@ -34,7 +35,7 @@ def _write(folder: Path, ids: NDArray[np.str_], logits: NDArray[np.float32]) -> 
     import pyarrow.parquet
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"part-{len(list(folder.glob('part-*.parquet'))):05d}.parquet"
+    path = folder / f"part-{hashlib.sha256(''.join(ids).encode()).hexdigest()[:16]}.parquet"
     partial = path.with_suffix(".partial")
     values = pyarrow.array(list(logits), type=pyarrow.list_(pyarrow.float32()))
     pyarrow.parquet.write_table(pyarrow.table({"id": ids.tolist(), "logits": values}), partial)
@@ -80,5 +81,5 @@ def teacher_logits(
             left = (time.monotonic() - started) / done * (len(missing) - done)
             logger.info("Soft labels: %d of %d, %d s left", done, len(missing), left)
         known, logits = _read(folder, classes)
-    order = np.argsort(known)
+    order = np.argsort(known, kind="stable")
     return logits[order[np.searchsorted(known, wanted, sorter=order)]]

@@ -1,5 +1,6 @@
 """Train a small student on a teacher's soft labels."""
 
+import hashlib
 import logging
 import time
 from dataclasses import asdict, dataclass
@@ -105,7 +106,14 @@ def train_student(options: StudentOptions) -> Manifest:
     model, tokenizer, layers = _build(options, teacher)
     parent = manifest_hash(options.teacher)
     resume_from = prepare_checkpoints(
-        options, {**recipe, "teacher_hash": parent, "data_fingerprint": data.fingerprint}
+        options,
+        {
+            **recipe,
+            "teacher_hash": parent,
+            "data_fingerprint": data.fingerprint,
+            "unlabeled_fingerprint": unlabeled
+            and hashlib.sha256("".join(unlabeled["id"]).encode()).hexdigest(),
+        },
     )
 
     texts = data.splits["train"].remove_columns("label")

@@ -38,7 +38,7 @@ def test_kept_layers_and_everything_else_have_the_same_weights(family):
     assert student.config.num_hidden_layers == 3
     before, after = model.state_dict(), student.state_dict()
     for name, tensor in after.items():
-        for new, old in enumerate([0, 2, 5]):
+        for new, old in enumerate([0, 1, 5] if family == "modernbert" else [0, 2, 5]):
             source = name.replace(f"layer.{new}.", f"layer.{old}.").replace(
                 f"layers.{new}.", f"layers.{old}."
             )
@@ -72,6 +72,36 @@ def test_layers_are_evenly_spaced_from_the_first_to_the_last():
     assert evenly_spaced(6, 3) == [0, 2, 5]
     assert evenly_spaced(12, 4) == [0, 4, 7, 11]
     assert evenly_spaced(12, 1) == [0]
+
+
+@pytest.mark.parametrize(("total", "keep"), [(22, 11), (22, 21), (22, 3), (28, 9), (6, 6), (7, 5)])
+def test_layers_whose_kind_depends_on_their_number_keep_their_kind(total, keep):
+    kept = evenly_spaced(total, keep, 3)
+    assert [layer % 3 for layer in kept] == [new % 3 for new in range(keep)]
+    assert kept[0] == 0 and kept == sorted(set(kept)) and total - 4 < kept[-1] < total
+
+
+def test_a_modernbert_student_attends_as_the_layers_that_it_keeps():
+    model = _model("modernbert")
+    student = keep_layers(model, 4)
+    kept = evenly_spaced(6, 4, 3)
+    assert [layer.attn.local_attention for layer in student.model.layers] == [
+        model.model.layers[old].attn.local_attention for old in kept
+    ]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=4, n_head=2, num_labels=3),
+        transformers.BartConfig(vocab_size=60, d_model=16, encoder_layers=4, decoder_layers=4, num_labels=3,
+                                encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=40),
+    ],
+)  # fmt: skip
+def test_a_family_whose_layers_cannot_be_told_apart_is_refused(config):
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(DistillError, match="smaller checkpoint with --student"):
+        keep_layers(model, 2)
 
 
 def test_more_layers_than_there_are_is_refused():
