@@ -90,9 +90,10 @@ def _defaults(path: Path) -> dict[str, dict[str, Any]]:
 def _by_parameter(path: Path, name: str, options: dict[str, Any], command: click.Command) -> dict[str, Any]:
     """Rename the file's options, spelt as on the command line, to the command's parameters."""
     known = {
-        spelling.lstrip("-"): parameter.name
+        spelling.lstrip("-"): parameter
         for parameter in command.params
-        for spelling in (parameter.opts if isinstance(parameter, click.Option) else [])
+        if isinstance(parameter, click.Option)
+        for spelling in parameter.opts
     }
     renamed = {}
     for key, value in options.items():
@@ -101,7 +102,9 @@ def _by_parameter(path: Path, name: str, options: dict[str, Any], command: click
             raise click.UsageError(
                 f"{path}: [{name}] has no option {key!r}; it has {', '.join(sorted(known))}"
             )
-        renamed[parameter] = value
+        if isinstance(value, dict) or (isinstance(value, list) and not parameter.multiple):
+            raise click.UsageError(f"{path}: [{name}] {key}: one value is needed, not {value}")
+        renamed[str(parameter.name)] = value
     return renamed
 
 

@@ -1,15 +1,19 @@
 """Rows out of CSV, TSV, JSONL and Parquet files, one at a time, with the place of every fault."""
 
+import codecs
 import csv
+import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from distill.errors import DistillError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 MAX_FIELD = 2**24
+SURROGATE = re.compile("[\ud800-\udfff]")
 TEXT_COLUMNS = (
     "text",
     "sentence",
@@ -43,28 +47,24 @@ def find_column(
     raise DistillError(f"{place}: which column? Found {', '.join(present)}; name one with {option}")
 
 
-def read_lines(file: TextIO, name: str) -> Iterator[str]:
-    """Lines of a text file; a byte that is not UTF-8 becomes an error that names its line."""
-    number = 0
-    while True:
+def read_lines(file: IO[bytes], name: str) -> Iterator[str]:
+    """Lines of UTF-8 with their ends, without a byte order mark; a fault becomes an error with its line."""
+    for number, raw in enumerate(file, start=1):
+        if b"\0" in raw or raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DistillError(
+                f"{name}, line {number}: a zero byte; is this UTF-16? Convert the file to UTF-8"
+            )
         try:
-            line = file.readline()
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise DistillError(
-                f"{name}, near line {number + 1}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
+                f"{name}, line {number}: byte 0x{raw[error.start]:02x} is not UTF-8; "
                 f"convert the file, for example with: iconv -f WINDOWS-1252 -t UTF-8"
             ) from error
-        if not line:
-            return
-        if "\0" in line:
-            raise DistillError(
-                f"{name}, line {number + 1}: a zero byte; is this UTF-16? Convert the file to UTF-8"
-            )
-        number += 1
-        yield line
+        yield from io.StringIO(line, newline="")  # a lone carriage return ends a line too
 
 
-def read_csv(file: TextIO, name: str, delimiter: str = ",") -> Iterator[tuple[int, dict[str, Any]]]:
+def read_csv(file: IO[bytes], name: str, delimiter: str = ",") -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row) from delimited text whose first line names the columns.
 
     Raises:
@@ -105,7 +105,7 @@ def read_csv(file: TextIO, name: str, delimiter: str = ",") -> Iterator[tuple[in
         )
 
 
-def read_jsonl(file: TextIO, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(file: IO[bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, object) from a file with one JSON object a line."""
     for number, line in enumerate(read_lines(file, name), start=1):
         if not line.strip():
@@ -152,7 +152,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if suffix == ".parquet":
         yield from _read_parquet(path)
         return
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open("rb") as file:
         if suffix in (".csv", ".tsv"):
             yield from read_csv(file, str(path), "\t" if suffix == ".tsv" else ",")
         else:

@@ -1,9 +1,7 @@
 """`distill predict`: texts or files in, predictions out, streaming."""
 
 import csv
-import io
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,17 +13,14 @@ import click
 import numpy as np
 
 from distill.errors import DistillError
-from distill.files import TEXT_COLUMNS, find_column, read_csv, read_jsonl, read_lines, read_rows
+from distill.files import SURROGATE, TEXT_COLUMNS, find_column, read_csv, read_jsonl, read_lines, read_rows
 
 Row = dict[str, Any]
-SURROGATE = re.compile("[\ud800-\udfff]")
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
 
 
 def _standard_input(form: str) -> Iterator[tuple[int, Row]]:
-    stream = sys.stdin
-    assert isinstance(stream, io.TextIOWrapper)
-    stream.reconfigure(encoding="utf-8-sig", newline="")
+    stream = sys.stdin.buffer
     if form in ("csv", "tsv"):
         yield from read_csv(stream, "standard input", "\t" if form == "tsv" else ",")
     elif form == "jsonl":
@@ -131,12 +126,12 @@ def predict(
     from distill.runtime import Classifier
 
     target = "jsonl" if as_json else (output.suffix.lstrip(".").lower() if output else "csv")
+    if output and output.is_dir():
+        raise DistillError(f"--output {output}: this is a folder; name a file in it")
     if output and as_json and output.suffix.lower() in (".csv", ".tsv"):
         raise DistillError(f"--output {output}: --json writes JSON; name a .jsonl file, or leave --json out")
     if output and target not in ("csv", "tsv", "jsonl"):
         raise DistillError(f"--output {output}: unknown kind of file; use .csv, .tsv or .jsonl")
-    if output and output.is_dir():
-        raise DistillError(f"--output {output}: this is a folder; name a file in it")
     if output and output.exists() and not overwrite:
         raise DistillError(f"--output {output}: already there; add --overwrite to replace it")
     if output and not output.parent.is_dir():

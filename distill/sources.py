@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from distill.artifact import sha256
 from distill.errors import DistillError
-from distill.files import SUFFIXES, TEXT_COLUMNS, find_column, read_rows
+from distill.files import SUFFIXES, SURROGATE, TEXT_COLUMNS, find_column, read_rows
 
 disable_progress_bars()
 
@@ -52,6 +52,8 @@ def _text(value: Any, place: str, column: str) -> str:
     if not isinstance(value, str):
         raise DistillError(f"{place}: {column!r} holds {type(value).__name__} {str(value)[:40]!r}, not text; "
                            "name the right column with --text-column")  # fmt: skip
+    if SURROGATE.search(value):
+        raise DistillError(f"{place}: {column!r} holds half of a character (a lone surrogate); take it out")
     return value if value.strip() else ""
 
 
@@ -105,6 +107,11 @@ def read_file(path: Path, columns: Columns, labelled: bool = True) -> Dataset:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, DistillError):
             cause = cause.__cause__ or cause.__context__
+        root = error.__cause__ or error
+        if cause is None and not isinstance(error, ValueError):
+            cause = DistillError(
+                f"{path}: cannot be read: {' '.join(str(root).split())[:200]}; correct the file"
+            )
         raise cause or DistillError(
             f"{path}: no rows; the file needs a header and at least one row"
         ) from error
@@ -160,7 +167,8 @@ def _read_hub(source: str, columns: Columns) -> dict[str, Dataset]:
             names: Any = names,
         ) -> dict[str, Any]:
             if names:  # a ClassLabel; -1 stands for a missing one
-                row = {**row, label: names[row[label]] if (row[label] or 0) >= 0 else None}
+                number = -1 if row[label] is None else row[label]
+                row = {**row, label: names[number] if number >= 0 else None}
             return {"line": index, **_convert(row, f"{source}, row {index}", resolved)}
 
         splits[target] = dataset.map(

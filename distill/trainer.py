@@ -247,6 +247,8 @@ def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any]) -> str
     Raises:
         DistillError: if the output exists, if an interrupted run would be lost, or if the recipe changed.
     """
+    if options.max_steps == 0:
+        raise DistillError("--max-steps 0: trains nothing; give at least 1, or -1 for no limit")
     check_output(options.output, options.overwrite)
     folder, record = options.checkpoints, options.checkpoints / RECIPE
     recipe = json.loads(json.dumps(recipe, default=str))

@@ -46,6 +46,14 @@ FILES = {
     "too few fields": ("x.csv", GOOD + "\nalone\nagain\n", "x.csv, line 42", "put quotes"),
     "not UTF-8": ("x.csv", GOOD.encode() + "\ncafé,negative\n".encode("latin-1"), "x.csv", "iconv"),
     "UTF-16": ("x.csv", GOOD.encode("utf-16-le"), "x.csv, line 1", "UTF-8"),
+    "not UTF-8, far down": (
+        "x.csv",
+        GOOD.encode() + b"\nmore,neutral" * 900 + b"\ncaf\xe9,negative\n",
+        "x.csv, line 942",
+        "iconv",
+    ),
+    "UTF-16 of a spreadsheet": ("x.csv", GOOD.encode("utf-16"), "x.csv, line 1", "UTF-8"),
+    "half a character": ("x.jsonl", '{"text": "a \\ud800", "label": "b"}\n', "x.jsonl, line 1", "take it out"),
     "zero byte": ("x.csv", GOOD + "\na\0b,negative\n", "x.csv, line 42", "UTF-8"),
     "column twice": ("x.csv", "text,label,text\na,b,c\n", "x.csv, line 1", "rename"),
     "open quote": ("x.csv", GOOD + '\n"open,negative\n', "x.csv, line", "close every quote"),
@@ -83,6 +91,12 @@ def _leaky(here):
         write_csv(here / "d" / f"{split}.csv", ROWS)
 
 
+def _same_held_out(here):
+    write_csv(here / "d" / "train.csv", ROWS[:30])
+    for split in ("validation", "test"):
+        write_csv(here / "d" / f"{split}.csv", ROWS[30:])
+
+
 FOLDERS = {
     "no train file": (
         lambda here: write_csv(here / "d" / "test.csv", ROWS),
@@ -91,6 +105,7 @@ FOLDERS = {
     ),
     "empty folder": (lambda here: (here / "d").mkdir(), "no data files", "name it train.csv"),
     "two train files": (_two_train_files, "train.csv and training.csv", "keep one"),
+    "validation equals test": (_same_held_out, "--data d", "no validation file"),
     "train equals test": (_leaky, "--data d", "nothing is left to train on"),
 }
 
@@ -121,6 +136,13 @@ OPTIONS = {
         "use bf16",
         1,
     ),
+    "output inside a file": (
+        ["--data", "good.csv", "--output", "good.csv/x"],
+        "good.csv",
+        "choose another",
+        1,
+    ),
+    "no steps": (["--data", "good.csv", "--max-steps", "0"], "--max-steps 0", "at least 1", 1),
     "not a number": (["--data", "good.csv", "--epochs", "many"], "--epochs", "many", 2),
     "dropout of one": (["--data", "good.csv", "--dropout", "1"], "--dropout", "x<1", 2),
     "out of range": (["--data", "good.csv", "--label-smoothing", "1.5"], "--label-smoothing", "1.5", 2),
@@ -165,6 +187,7 @@ def test_bad_checkpoint(kind, here, run, checkpoint):
 
 
 CONFIGS = {
+    "list for a value": ("[predict]\nthreads = [1]\n", "threads", "one value"),
     "not TOML": ("[train-teacher\n", "distill.toml", "not valid TOML"),
     "unknown table": ("[train-techer]\n", "[train-techer]", "tables are named"),
     "unknown option": ("[predict]\nbundel = 'x'\n", "'bundel'", "it has"),
@@ -299,6 +322,13 @@ PREDICTIONS = {
     "no bundle": (["in.csv"], "runs/export", "`distill export`"),
     "unknown output": (["in.csv", "--output", "o.xml"], "o.xml", "use .csv"),
     "output there": (["in.csv", "--output", "in.csv"], "in.csv", "add --overwrite"),
+    "output is a folder": (["in.csv", "--output", "b", "--overwrite"], "--output b", "name a file"),
+    "JSON in a CSV": (["in.csv", "--json", "--output", "o.csv"], "o.csv", ".jsonl"),
+    "half a character": (
+        ["half.jsonl", "--bundle", "b", "--output", "o.csv"],
+        "half.jsonl, row 1",
+        "take it out",
+    ),
     "no folder": (["in.csv", "--output", "no/o.csv"], "no/o.csv", "make it first"),
     "no text column": (["odd.csv", "--bundle", "b"], "words", "--text-column"),
     "no text": (["gap.jsonl", "--bundle", "b", "--output", "o.csv"], "gap.jsonl, row 2", "no text"),
@@ -319,6 +349,7 @@ def test_bad_prediction(kind, here, run, chain, monkeypatch):
     write_csv(here / "odd.csv", [("a",)], ("words",))
     (here / "gap.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
     (here / "ragged.csv").write_text("text,n\na,1\nb,2,3\n")
+    (here / "half.jsonl").write_text('{"text": "a \\ud800"}\n')
     for name in ("b", "broken", "hollow"):
         shutil.copytree(chain.export, here / name)
     (here / "broken" / "tokenizer.json").unlink()

@@ -178,3 +178,9 @@ def test_a_hub_dataset_with_class_names_and_unlabelled_test_split(monkeypatch):
 def test_unlabeled_texts_need_no_label_and_lose_the_empty_ones(tmp_path):
     path = write_csv(tmp_path / "u.csv", [("one",), ("",), ("two",)], ("text",))
     assert list(load_unlabeled(str(path))["text"]) == ["one", "two"]
+
+
+def test_a_label_that_only_evaluation_has_once_duplicates_are_dropped_is_reported(tmp_path):
+    write_csv(tmp_path / "train.csv", [*ROWS[:60], ("rare", "furious")])
+    write_csv(tmp_path / "test.csv", [*ROWS[60:], ("rare", "furious")])
+    assert _kinds(load_data(str(tmp_path)))["label only in evaluation", "train"].examples == ["furious"]

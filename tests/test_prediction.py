@@ -75,3 +75,31 @@ def test_a_column_that_would_be_overwritten_is_refused(chain, run, tmp_path):
     path = write_csv(tmp_path / "in.csv", [("lovely", "5")], ("text", "score"))
     result = run("predict", path, "--bundle", chain.export)
     assert result.exit_code == 1 and "already has a column 'score'; rename it" in result.stderr
+
+
+@pytest.mark.parametrize("form", ["text", "csv", "jsonl"])
+def test_a_byte_order_mark_on_standard_input_is_no_part_of_the_text(form, chain, run):
+    content = {"text": "lovely", "csv": "text\nlovely\n", "jsonl": '{"text": "lovely"}'}[form]
+    result = run(
+        "predict", "--format", form, "--bundle", chain.export, input=b"\xef\xbb\xbf" + content.encode()
+    )
+    assert next(csv.DictReader(io.StringIO(result.stdout)))["text"] == "lovely"
+
+
+def test_bytes_on_standard_input_that_are_not_utf_8_end_in_one_line(chain, run):
+    result = run("predict", "--bundle", chain.export, input=b"good\ncaf\xe9\n")
+    assert result.exit_code == 1 and "standard input, line 2: byte 0xe9" in result.stderr
+
+
+def test_dates_become_json_and_probabilities_are_not_overwritten(chain, run, tmp_path):
+    import datetime
+
+    import pyarrow.parquet
+
+    day = datetime.datetime(2026, 1, 2)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["lovely"], "day": [day]}), tmp_path / "a.parquet")
+    row = json.loads(run("predict", tmp_path / "a.parquet", "--bundle", chain.export, "--json").stdout)
+    assert row["day"].startswith("2026-01-02")
+    path = write_csv(tmp_path / "in.csv", [("lovely", "5")], ("text", "probabilities"))
+    assert "already has a column" in run("predict", path, "--bundle", chain.export, "--json").stderr
+    assert run("predict", path, "--bundle", chain.export).exit_code == 0

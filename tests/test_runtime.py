@@ -1,4 +1,6 @@
 import itertools
+import json
+import shutil
 import subprocess
 import sys
 
@@ -95,6 +97,19 @@ def test_a_single_string_and_other_types_are_refused(classifier):
         classifier.predict(["lovely", 3])
 
 
+def test_texts_may_come_from_a_generator(classifier):
+    assert classifier.predict(text for text in TEXTS) == classifier.predict(TEXTS)
+
+
+def test_a_text_without_tokens_is_answered(chain, tmp_path):
+    shutil.copytree(chain.export, tmp_path / "b")
+    path = tmp_path / "b" / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["post_processor"] = None
+    path.write_text(json.dumps(settings))
+    assert np.isfinite(Classifier(tmp_path / "b").logits("")).all()
+
+
 def test_long_and_empty_texts_are_answered(classifier):
     assert len(classifier.predict(["lovely " * 10_000, ""])) == 2
 
@@ -134,3 +149,4 @@ def test_a_session_that_falls_back_from_cuda_is_refused(chain, monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", fallen_back)
     with pytest.raises(DistillError, match="fell back to CPUExecutionProvider"):
         Classifier(chain.export, provider="cuda")
+    assert Classifier(chain.export).provider == "cpu"  # nobody asked for CUDA, so the CPU will do

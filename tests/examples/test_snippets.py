@@ -74,3 +74,10 @@ def test_an_archive_with_other_content_is_refused(source_archive, tmp_path, monk
     with pytest.raises(DistillError, match="expected 000"):
         snippets.write_snippets(source_archive, tmp_path / "data")
     assert not (tmp_path / "data").exists() or not any((tmp_path / "data").iterdir())
+
+
+def test_a_folder_that_is_not_a_demos_is_left_alone(run, tmp_path):
+    (tmp_path / "distill.toml").write_text("[export]\n")
+    result = run("demo", "--output", tmp_path)
+    assert result.exit_code == 1 and "choose another" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["distill.toml"]

@@ -106,6 +106,89 @@ def test_an_interrupted_run_leaves_no_folder_and_resumes(
     np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+def _interrupted_at(step, monkeypatch, options):
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressCallback, "on_step_end", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_teacher(options)
+
+
+def test_a_run_interrupted_inside_an_epoch_goes_on_to_the_same_weights(
+    tmp_path, data_file, checkpoint, monkeypatch
+):
+    monkeypatch.setattr("distill.trainer.SAVE_SECONDS", 0)
+    short = {"epochs": 2, "batch_size": 60, "dropout": 0.1}
+    train_teacher(_options(tmp_path / "whole", data_file, checkpoint, **short))
+    options = _options(tmp_path, data_file, checkpoint, **short)
+    _interrupted_at(6, monkeypatch, options)  # 4 steps an epoch
+    train_teacher(_options(tmp_path, data_file, checkpoint, resume=True, **short))
+    a, b = (
+        read_predictions(path, "test")["teacher"].logits
+        for path in (tmp_path / "runs" / "t", tmp_path / "whole" / "runs" / "t")
+    )
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_checkpoint_cut_short_is_passed_over(tmp_path, data_file, checkpoint, monkeypatch):
+    options = _options(tmp_path, data_file, checkpoint, epochs=3, batch_size=120)
+    _interrupted_at(5, monkeypatch, options)
+    cut = options.checkpoints / "checkpoint-99"
+    cut.mkdir()
+    (cut / "model.safetensors").write_bytes(b"half")
+    train_teacher(_options(tmp_path, data_file, checkpoint, epochs=3, batch_size=120, resume=True))
+    assert options.output.is_dir() and not cut.exists()
+
+
+def test_a_resumed_run_has_the_patience_that_was_left(tmp_path, data_file, checkpoint, monkeypatch):
+    seen = []
+
+    def evaluated(self, args, state, control, metrics=None, **kwargs):
+        seen.append(round(state.epoch))
+        if len(seen) == 3 and not again:
+            raise KeyboardInterrupt
+
+    again = True
+    still = {"epochs": 6, "patience": 3, "learning_rate": 0.0}  # no epoch after the first is better
+    monkeypatch.setattr(ProgressCallback, "on_evaluate", evaluated)
+    train_teacher(_options(tmp_path / "whole", data_file, checkpoint, **still))
+    whole, again = list(seen), False
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher(_options(tmp_path, data_file, checkpoint, **still))
+    again = True
+    train_teacher(_options(tmp_path, data_file, checkpoint, resume=True, **still))
+    assert whole == [1, 2, 3, 4] and seen[-1] == 4
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_the_users_where_checkpoints_would_go_is_left_alone(
+    tmp_path, data_file, checkpoint, resume
+):
+    options = _options(tmp_path, data_file, checkpoint, resume=resume, overwrite=not resume)
+    thesis = options.checkpoints / "checkpoint-500" / "thesis.pt"
+    thesis.parent.mkdir(parents=True)
+    thesis.touch()
+    with pytest.raises(DistillError, match="choose another --output"):
+        train_teacher(options)
+    assert thesis.exists()
+
+
+def test_frozen_embeddings_and_gradient_checkpointing_train_the_layers(tmp_path, data_file, checkpoint):
+    from safetensors.torch import load_file
+
+    options = _options(
+        tmp_path, data_file, checkpoint, max_steps=2, freeze_embeddings=True, gradient_checkpointing=True
+    )
+    train_teacher(options)
+    before, after = (load_file(f / "model.safetensors") for f in (checkpoint, options.output))
+    name = "encoder.layer.0.output.dense.weight"
+    assert not torch.equal(after[f"bert.{name}"], before[name])
+
+
 @pytest.mark.slow
 def test_class_weights_smoothing_accumulation_and_checkpointing_run_together(tmp_path, data_file, checkpoint):
     manifest = train_teacher(
@@ -174,3 +257,23 @@ def test_a_decoder_without_a_padding_token_is_fine_tuned(tmp_path, data_file):
     train_teacher(options)
     assert PreTrainedTokenizerFast.from_pretrained(options.output).pad_token == "<end>"
     assert GPT2Config.from_pretrained(options.output).pad_token_id == 0
+
+
+def test_a_decoder_answers_the_same_in_a_batch_and_alone(tmp_path, checkpoint):
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
+
+    # The tokenizer pads with [PAD], number 0; the model's configuration names no padding token.
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.save_pretrained(tmp_path)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, eos_token_id=3,
+    )  # fmt: skip
+    Qwen2Model(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), ["a", "b"]).eval()
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0
+    texts = ["lovely phone", "it was a great phone and I love it"]
+    with torch.no_grad():
+        alone = model(**tokenizer(texts[0], return_tensors="pt")).logits[0]
+        padded = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[0]
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-4)
