@@ -94,17 +94,33 @@ def interval(value: float, samples: Samples, confidence: float = CONFIDENCE) -> 
     return Interval(float(value), float(low), float(high))
 
 
-def difference_interval(
-    value: float, samples: Samples, texts: int, confidence: float = CONFIDENCE
-) -> Interval:
-    """`interval` of a difference between two versions on `texts` texts, never narrower than texts can tell.
+def undetected(texts: int, confidence: float = CONFIDENCE) -> float:
+    """Largest rate of losses that `texts` texts without any loss do not exclude: 1 - a^(1/n).
 
-    Where two versions hardly differ on the test texts, resampling these finds no uncertainty. But n texts
-    without any loss only show that the rate of losses is below 1 - a^(1/n) (Clopper and Pearson 1934; the
-    "rule of three"), so the interval reaches at least that far to both sides.
+    Clopper and Pearson 1934; the "rule of three". a is half of what `confidence` leaves.
+    """
+    return float(1 - ((1 - confidence) / 2) ** (1 / max(texts, 1)))
+
+
+def undetected_macro(support: Sequence[int], confidence: float = CONFIDENCE) -> float:
+    """Largest loss of macro-F1 that may hide in one class without any text of it being lost.
+
+    A class of which a share r is lost loses at most r of its F1, and macro-F1 a part of that: one class in
+    all. What the rarest class may hide is most.
+    """
+    present = [texts for texts in support if texts]
+    return undetected(min(present), confidence) / len(present)
+
+
+def difference_interval(
+    value: float, samples: Samples, least: float, confidence: float = CONFIDENCE
+) -> Interval:
+    """`interval` of a difference between two versions, reaching at least `least` to both sides.
+
+    Where two versions hardly differ on the test texts, resampling these finds no uncertainty, however few
+    they are; `undetected` says how much they may hide.
     """
     found = interval(value, samples, confidence)
-    least = 1 - ((1 - confidence) / 2) ** (1 / max(texts, 1))
     return Interval(
         found.value, max(-1.0, min(found.low, value - least)), min(1.0, max(found.high, value + least))
     )

@@ -29,9 +29,10 @@ def rank_correlation(first: Values, second: Values) -> float:
 def top_overlap(first: Values, second: Values, top: int = TOP) -> float:
     """Share of the `top` words with the largest absolute values that two attributions have in common.
 
-    nan for texts of no more words than that, which would have all of them in common.
+    nan for texts of no more words than that, which would have all of them in common, and where all words of
+    one attribution count the same.
     """
-    if len(first) <= top:
+    if len(first) <= top or not np.ptp(first) or not np.ptp(second):
         return float("nan")
     largest = [set(np.argsort(-np.abs(values), kind="stable")[:top].tolist()) for values in (first, second)]
     return len(largest[0] & largest[1]) / top

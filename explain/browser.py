@@ -1,5 +1,6 @@
 """The texts that the report's page can be searched for: errors, disagreements and explained texts."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,11 @@ from distill.explain.words import Text
 
 MOST_ROWS = 2_000
 MOST_BYTES = 1_500
+"""Of one text that is not explained."""
+MOST_CHARACTERS = 10_000
+"""Of one explained text."""
+ALL_BYTES = 4_000_000
+"""Of all texts as the page holds them."""
 
 
 def browse(
@@ -20,8 +26,8 @@ def browse(
     """What the page needs to list single texts, ready for JSON and kept small.
 
     Explained texts come first, then disagreements, then texts that every version got wrong; within each,
-    those about which the versions were most certain. A text that is not explained is cut after
-    `MOST_CHARACTERS`.
+    those about which the versions were most certain. Long texts are cut, and there are no more rows than
+    `MOST_ROWS` and `ALL_BYTES` allow.
     """
     truth = versions[0].test.labels
     predicted = np.stack([version.test.predicted for version in versions])
@@ -33,7 +39,8 @@ def browse(
     rank = np.where([row in explained for row in range(len(truth))], 0, np.where(disputed, 1, 2))
     order = np.lexsort((-certainty, rank))
     listed = [row for row in order.tolist() if row in explained or disputed[row] or wrong[row]]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    left = ALL_BYTES
     for row in listed[:MOST_ROWS]:
         answers = [
             [int(predicted[index, row]), round(float(values[row].max()), 3)]
@@ -44,6 +51,9 @@ def browse(
             entry |= _explanation(explained[row], [int(truth[row]), *predicted[:, row].tolist()])
         else:
             entry["t"] = _shorten(texts[row])
+        left -= len(embedded(entry).encode())
+        if left < 0:
+            break
         rows.append(entry)
     return {
         "labels": list(labels),
@@ -52,6 +62,14 @@ def browse(
         "found": len(listed),
         "texts": len(texts),
     }
+
+
+def embedded(value: Any) -> str:
+    """JSON that may stand inside a <script> element: no character in it can end the element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
 
 
 def _shorten(text: Text) -> str:
@@ -63,11 +81,13 @@ def _shorten(text: Text) -> str:
 
 
 def _explanation(found: dict[str, Attribution], classes: list[int]) -> dict[str, Any]:
-    """Segments, the classes worth showing, values by version and class, agreement with the first version."""
+    """Segments and the classes worth showing; values and agreement with the first, by version and class."""
     first, *others = found.values()
-    shown = list(dict.fromkeys(classes))
-    agreements = [compare(first, other, first.predicted) for other in others]
-    segments = list(first.words.segments)
+    shown = list(dict.fromkeys([*classes, first.predicted]))
+    agreements = [[compare(first, other, label) for label in shown] for other in others]
+    chosen = shown.index(first.predicted)
+    most = max(20, MOST_CHARACTERS // max(1, len(first.words.segments)))
+    segments = [one if len(one) <= most else f"{one[:most]} …" for one in first.words.segments]
     if first.words.first:
         segments[first.words.first - 1] += "\n"
     return {
@@ -76,10 +96,13 @@ def _explanation(found: dict[str, Attribution], classes: list[int]) -> dict[str,
         "v": [np.round(one.values[:, shown].T, 3).tolist() for one in found.values()],
         "r": [
             [
-                None if np.isnan(value) else round(value, 2)
-                for value in (one.rank_correlation, one.top_overlap, one.sign_flips)
+                [
+                    None if np.isnan(value) else round(value, 2)
+                    for value in (one.rank_correlation, one.top_overlap, one.sign_flips)
+                ]
+                for one in by_class
             ]
-            for one in agreements
+            for by_class in agreements
         ],
-        "o": [bool(one.rank_correlation < OTHER_REASONS) for one in agreements],
+        "o": [bool(by_class[chosen].rank_correlation < OTHER_REASONS) for by_class in agreements],
     }

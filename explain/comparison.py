@@ -21,6 +21,8 @@ from distill.significance import (
     mcnemar,
     non_inferior,
     paired_bootstrap,
+    undetected,
+    undetected_macro,
 )
 
 CURVE_POINTS = 60
@@ -63,8 +65,10 @@ def compare_versions(
             "abstention": _abstention(version, target_precision),
         }
         if index:
-            apart = (predictions[index] == labels) != (predictions[0] == labels)
-            discordant = np.bincount(labels[apart], minlength=classes)
+            apart = predictions[index] != predictions[0]
+            discordant = sum(
+                np.bincount(one[apart], minlength=classes) for one in (predictions[index], predictions[0])
+            )
             row["difference"] = _differences(own, scores[0], boot, index, discordant)
             row["mcnemar"] = asdict(mcnemar(labels, predictions[0], predictions[index]))
         rows.append(row)
@@ -85,17 +89,16 @@ def _differences(
     """Scores less the reference's, with intervals; macro-F1 over the classes that the test split has.
 
     A class is called worse or better where its interval at a level corrected for the number of classes
-    (Bonferroni) leaves out 0 and at least `LEAST_DISCORDANT` of its texts tell the versions apart.
+    (Bonferroni) leaves out 0 and at least `LEAST_DISCORDANT` texts are answered with it by one version alone.
 
     Args:
         own: scores of the version.
         reference: scores of the first version.
         boot: resampled scores of all versions.
         index: number of the version.
-        discordant: texts of each class that only one of the two got right, shape (classes,).
+        discordant: texts that only one of the two answered with each class, shape (classes,).
     """
     support = np.array(reference.support)
-    texts = int(support.sum())
     present = support > 0
     f1 = np.array(own.f1) - np.array(reference.f1)
     change = boot.f1[:, index] - boot.f1[:, 0]
@@ -106,14 +109,21 @@ def _differences(
     return {
         "accuracy": asdict(
             difference_interval(
-                own.accuracy - reference.accuracy, boot.accuracy[:, index] - boot.accuracy[:, 0], texts
+                own.accuracy - reference.accuracy,
+                boot.accuracy[:, index] - boot.accuracy[:, 0],
+                undetected(int(support.sum())),
             )
         ),
         "macro_f1": asdict(
-            difference_interval(float(f1[present].mean()), change[:, present].mean(axis=1), texts)
+            difference_interval(
+                float(f1[present].mean()),
+                change[:, present].mean(axis=1),
+                undetected_macro(reference.support),
+            )
         ),
         "f1": [
-            asdict(interval(value, samples)) for value, samples in zip(f1.tolist(), change.T, strict=True)
+            asdict(difference_interval(value, samples, undetected(texts)))
+            for value, samples, texts in zip(f1.tolist(), change.T, reference.support, strict=True)
         ],
         "calls": calls.tolist(),
     }
@@ -140,8 +150,13 @@ def _abstention(version: Version, target_precision: float) -> dict[str, Any]:
     held_out = _confidence(version.validation.logits, version.validation.labels, version.temperature)
     confidence, right = _confidence(version.test.logits, version.test.labels, version.temperature)
     chosen = threshold_for(*held_out, target_precision)
-    if chosen:  # in four digits that a user can copy, rounded down so that no answer is lost
-        chosen = select(*held_out, math.floor(chosen.threshold * 1e4) / 1e4)
+    for digits in (
+        range(4, 16) if chosen else ()
+    ):  # the shortest that a user can copy and that keeps the promise
+        shorter = select(*held_out, math.floor(chosen.threshold * 10**digits) / 10**digits)
+        if shorter.precision >= target_precision:
+            chosen = shorter
+            break
     curve = risk_coverage(confidence, right)
     shown = np.unique(np.linspace(0, len(curve) - 1, CURVE_POINTS).round().astype(int))
     return {
@@ -160,7 +175,7 @@ def only_guesses(row: dict[str, Any]) -> bool:
     and q of the answers, its F1 is 2pq / (p + q), at most (p + q) / 2.
     """
     present = sum(support > 0 for support in row["scores"]["support"])
-    return bool(row["intervals"]["macro_f1"]["low"] <= 1 / present)
+    return bool(present > 1 and row["intervals"]["macro_f1"]["low"] <= 1 / present)
 
 
 def verdict(
@@ -186,7 +201,8 @@ def verdict(
     row = min(fit, key=lambda row: row["latency_ms"]) if fit else exported[-1]
     change = row["difference"]["macro_f1"]
     name = NAMES[row["version"]]
-    if only_guesses(reference):
+    guessing = only_guesses(reference)
+    if guessing:
         status, headline = "reject", "Train the teacher first: it is not shown to do better than guessing."
     elif fit:
         status, headline = "ship", f"Ship {name}."
@@ -194,7 +210,7 @@ def verdict(
         status, headline = "reject", f"Do not ship {name} yet: it loses too much."
     else:
         status = "unsettled"
-        headline = f"Ship {name} only if you can accept a loss of up to {-100 * change['low']:.1f} points."
+        headline = f"Ship {name} only if you can accept a loss of up to {_at_most(change, 1)} points."
     difference = row["difference"]
     worse = sorted(
         (difference["f1"][index]["value"], labels[index])
@@ -205,8 +221,7 @@ def verdict(
     more = f" and {len(worse) - NAMED_CLASSES} more" if len(worse) > NAMED_CLASSES else ""
     refused = [one for one in exported if one not in fit and one is not row]
     loss = _loss(change, margin, default_margin) + "".join(
-        f" {one['version']} may lose up to {-100 * one['difference']['macro_f1']['low']:.2f}."
-        for one in refused
+        f" {one['version']} may lose up to {_at_most(one['difference']['macro_f1'])}." for one in refused
     )
     return {
         "status": status,
@@ -216,13 +231,14 @@ def verdict(
         "resamples": RESAMPLES,
         "headline": headline,
         "summary": (
-            f"It keeps {100 * row['macro_f1_kept']:.1f} % of the teacher's macro-F1 (mean F1 of the classes: "
-            f"{row['scores']['macro_f1']:.4f} of {reference['scores']['macro_f1']:.4f}), answers "
-            f"{row['speedup']:.1f} times as fast ({row['latency_ms']:.2f} ms a text) and its file is "
+            f"{name[0].upper()}{name[1:]} keeps {100 * row['macro_f1_kept']:.1f} % of the teacher's macro-F1 "
+            f"(mean F1 of the classes: {row['scores']['macro_f1']:.4f} of "
+            f"{reference['scores']['macro_f1']:.4f}), answers {row['speedup']:.1f} times as fast "
+            f"({row['latency_ms']:.2f} ms a text), and its file is "
             f"{reference['bytes'] / row['bytes']:.1f} times smaller ({row['bytes'] / 1e6:.1f} MB)."
         ),
         "answers": {
-            QUESTIONS[0]: loss,
+            QUESTIONS[0]: f"Nothing is proved beside a teacher that guesses. {loss}" if guessing else loss,
             QUESTIONS[1]: (
                 f"F1 is lower, beyond chance, for {named}{more}." if worse
                 else "No class is shown to be worse; the widest interval of one class is "
@@ -233,12 +249,18 @@ def verdict(
     }  # fmt: skip
 
 
+def _at_most(change: dict[str, float], digits: int = 2) -> str:
+    """The loss that is not excluded, in points, never rounded to a smaller one."""
+    scale = 10**digits
+    return f"{math.ceil(round(-100 * change['low'] * scale, 6)) / scale:.{digits}f}"
+
+
 def _loss(change: dict[str, float], margin: float, default_margin: bool) -> str:
     value, low, high = (100 * change[name] for name in ("value", "low", "high"))
     moved = f"loses {-value:.2f}" if value < 0 else f"gains {value:.2f}"
     within = "within" if low >= -margin else "more than"
     allowed = "allowed by default" if default_margin else "allowed"
-    worst = f"may lose up to {-low:.2f}" if low < 0 else f"gains at least {low:.2f}"
+    worst = f"may lose up to {_at_most(change)}" if low < 0 else f"gains at least {low:.2f}"
     return (
         f"It {moved} points of macro-F1 on these texts ({100 * CONFIDENCE:.0f} % interval "
         f"{low:+.2f} to {high:+.2f}): it {worst}, {within} the {margin:g} points {allowed}."
@@ -264,6 +286,6 @@ def _trust(row: dict[str, Any]) -> str:
     if not test["coverage"]:
         return f"{text} No test text reaches the threshold for {wanted} precision."
     return (
-        f"{text} Answering only at {test['threshold']:.4g} and above covers {100 * test['coverage']:.0f} % "
+        f"{text} Answering only at {test['threshold']} and above covers {100 * test['coverage']:.0f} % "
         f"of texts with {100 * test['precision']:.1f} % right (threshold chosen on validation for {wanted})."
     )

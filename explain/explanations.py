@@ -8,15 +8,26 @@ from typing import Any
 import numpy as np
 from distill.explain.attribution import METHODS, Attribution, attribute_all
 from distill.explain.reasons import progress
-from distill.explain.versions import OPTIONS, STAGES, Version, as_student, open_for_explanation, read_stage
+from distill.explain.versions import (
+    OPTIONS,
+    STAGES,
+    Version,
+    as_student,
+    check_parents,
+    open_for_explanation,
+    read_stage,
+)
 from distill.explain.words import Text
 
 from distill.artifact import Manifest
 from distill.data import reload_data, texts_of
 from distill.errors import DistillError
+from distill.files import SURROGATE
 
 VERSIONS = ("teacher", "student", "onnx-fp32", "int8")
 SHOWN_WORDS = 12
+LONGEST_WORD = 40
+STUDENT = Path("runs/student")
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class ExplainOptions:
     versions: Sequence[str] = ()
     method: str = "shap"
     teacher: Path = Path("runs/teacher")
-    student: Path = Path("runs/student")
+    student: Path = STUDENT
     export: Path = Path("runs/export")
     data: str | None = None
     device: str = "auto"
@@ -44,9 +55,11 @@ def _read(options: ExplainOptions) -> tuple[list[Version], Manifest]:
     """The wanted versions, reading only the folders that they need."""
     folders = dict(zip(STAGES, (options.teacher, options.student, options.export), strict=True))
     wanted = list(options.versions) or ["teacher", "student", "int8"]
+    # A bundle holds the student as an fp32 graph: without the student's folder, that is the student.
+    bundle_alone = options.export.is_dir() and options.student == STUDENT and not STUDENT.is_dir()
     needed = {
         "train-teacher": "teacher" in wanted,
-        "train-student": "student" in wanted and not options.export.is_dir(),
+        "train-student": "student" in wanted and not bundle_alone,
         "export": bool({"onnx-fp32", "int8"} & set(options.versions)) or options.export.is_dir(),
     }
     needed["export"] &= bool({"student", "onnx-fp32", "int8"} & set(wanted))
@@ -56,6 +69,7 @@ def _read(options: ExplainOptions) -> tuple[list[Version], Manifest]:
         if needed[stage]:
             versions, manifests[folder] = read_stage(folder, stage, option)
             found |= {version.name: version for version in versions}
+    check_parents(folders, manifests)
     if "onnx-fp32" in found:
         found["student"] = as_student(found["onnx-fp32"])
     (first, manifest), *others = manifests.items()
@@ -94,6 +108,11 @@ def explain_texts(options: ExplainOptions) -> list[dict[str, Any]]:
     unknown = [name for name in options.versions if name not in VERSIONS]
     if unknown:
         raise DistillError(f"--version {unknown[0]}: unknown; use {', '.join(VERSIONS)}")
+    if isinstance(options.texts, str):
+        raise DistillError("texts: a single string; give a list of strings, as in texts=[text]")
+    broken = [index for index, text in enumerate(options.texts, start=1) if SURROGATE.search("".join(text))]
+    if broken:
+        raise DistillError(f"text {broken[0]}: not valid UTF-8; write it in the terminal's encoding")
     empty = [index for index, text in enumerate(options.texts, start=1) if not "".join(text).strip()]
     if empty:
         raise DistillError(f"text {empty[0]}: empty; there is nothing to explain")
@@ -140,7 +159,8 @@ def show(entry: dict[str, Any]) -> str:
             line + (f", values sum up within {one['residual']:.0e}" if one["residual"] is not None else "")
         )
     title = f"adds to {label!r}"
-    width = max(map(len, [*entry["words"], title]))
+    words = [word if len(word) <= LONGEST_WORD else f"{word[:LONGEST_WORD]}…" for word in entry["words"]]
+    width = max(map(len, [*words, title]))
     lines += ["", f"  {title:{width}}  " + "  ".join(f"{name:>10}" for name in versions)]
     values = np.array([one["values"][label] for one in versions.values()])
     order = np.argsort(-np.abs(values).max(axis=0), kind="stable")
@@ -149,9 +169,7 @@ def show(entry: dict[str, Any]) -> str:
         f"  {nothing:{width}}  " + "  ".join(f"{one['base'][label]:10.3f}" for one in versions.values())
     )
     for row in order[:SHOWN_WORDS]:
-        lines.append(
-            f"  {entry['words'][row]:{width}}  " + "  ".join(f"{value:+10.3f}" for value in values[:, row])
-        )
+        lines.append(f"  {words[row]:{width}}  " + "  ".join(f"{value:+10.3f}" for value in values[:, row]))
     if len(order) > SHOWN_WORDS:
         rest = values[:, order[SHOWN_WORDS:]].sum(axis=1)
         name = f"others ({len(order) - SHOWN_WORDS})"

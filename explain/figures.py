@@ -52,7 +52,7 @@ def _steps(low: float, high: float, count: int = 4) -> list[float]:
 
 def accuracy_against_latency(versions: Sequence[dict[str, Any]]) -> Markup:
     """Macro-F1 with its interval against latency on a logarithmic axis; up and left is better."""
-    width, height, left, right, top, bottom = 560, 300, 56, 20, 16, 44
+    width, height, left, right, top, bottom = 440, 270, 48, 20, 16, 44
     times = [row["latency_ms"] for row in versions]
     low, high = math.log10(min(times)) - 0.15, math.log10(max(times)) + 0.2
     ends = [row["intervals"]["macro_f1"] for row in versions]

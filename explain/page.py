@@ -1,23 +1,15 @@
 """The report as one self-contained HTML page: no network, no file beside it."""
 
-import json
 from typing import Any
 
 import numpy as np
 from distill.explain import figures
+from distill.explain.browser import embedded
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 FEW_CLASSES = 12
 MOST_CONFUSIONS = 20
-
-
-def _embedded(value: Any) -> Markup:
-    """JSON that may stand inside a <script> element: no character in it can end the element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
 
 
 def _confusions(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -91,6 +83,6 @@ def render_page(report: dict[str, Any], browsed: dict[str, Any]) -> str:
         reliability=figures.reliability,
         difference=figures.difference,
         scale=min(scale, 0.5),
-        payload=_embedded(browsed),
+        payload=Markup(embedded(browsed)),
         browsed=browsed,
     )

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -87,13 +88,15 @@ def summarize(
     reasons: Reasons,
     texts: Sequence[Text],
     labels: Sequence[str],
+    truth: NDArray[np.int64],
     models: Mapping[str, Probabilities],
     method: str,
     seed: int,
 ) -> dict[str, Any]:
     """What the report says of reasons; the statistics are over the random sample alone.
 
-    Agreement is about the class that the first version (the reference) predicted.
+    Agreement is about the class that the first version of each pair predicted; the reference is the first of
+    all. `truth` holds the true classes of the whole test split.
     """
     names = list(models)
     sample = reasons.attributions[: reasons.sampled]
@@ -108,7 +111,11 @@ def summarize(
             seed,
         )
         by_version[name] = {
-            "largest_residual": max((found[name].residual for found in reasons.attributions), default=0.0),
+            "largest_residual": (
+                max((found[name].residual for found in reasons.attributions), default=0.0)
+                if method == "shap"
+                else None
+            ),
             "faithfulness": asdict(explained),
             "random_faithfulness": asdict(random),
             "agreement": _agreement(sample, names[0], name) if name != names[0] else None,
@@ -131,6 +138,41 @@ def summarize(
         "other_reasons_below": OTHER_REASONS,
         "reference": names[0],
         "versions": by_version,
+        "between": [
+            {"versions": [first, second], **_agreement(sample, first, second)}
+            for first, second in combinations(names, 2)
+        ],
+        "single_texts": [
+            _single_text(row, number < reasons.sampled, int(truth[row]), found, labels)
+            for number, (row, found) in enumerate(zip(reasons.rows, reasons.attributions, strict=True))
+        ],
+    }
+
+
+def _single_text(
+    row: int, sampled: bool, truth: int, found: dict[str, Attribution], labels: Sequence[str]
+) -> dict[str, Any]:
+    """Agreement of every pair of versions on one text, about the true class and each that a version chose."""
+    classes = list(dict.fromkeys([truth, *(one.predicted for one in found.values())]))
+    pairs = []
+    for (first, one), (second, other) in combinations(found.items(), 2):
+        for label in classes:
+            agreement = compare(one, other, label)
+            other_reasons = bool(agreement.rank_correlation < OTHER_REASONS)
+            pairs.append(
+                {
+                    "versions": [first, second],
+                    "class": labels[label],
+                    **asdict(agreement),
+                    "other_reasons": other_reasons,
+                }
+            )
+    return {
+        "text": row + 1,
+        "sampled": sampled,
+        "true_class": labels[truth],
+        "answers": {name: labels[one.predicted] for name, one in found.items()},
+        "pairs": pairs,
     }
 
 

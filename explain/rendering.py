@@ -82,11 +82,7 @@ def _calibration_table(report: dict[str, Any], markdown: bool) -> str:
             line += [f"{found['calibrated'][name]:.4f}", f"{found['uncalibrated'][name]:.4f}"]
         test = abstention["test"]
         line += (
-            [
-                f"{test['threshold']:.3f}",
-                f"{100 * test['coverage']:.1f} %",
-                f"{100 * test['precision']:.1f} %",
-            ]
+            [str(test["threshold"]), *(_percent(test[name]) for name in ("coverage", "precision"))]
             if test
             else ["–", "–", "–"]
         )
@@ -117,6 +113,10 @@ def _reasons_table(reasons: dict[str, Any], markdown: bool) -> str:
 
 def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
 
 
 def _heading(text: str, level: int, markdown: bool) -> str:

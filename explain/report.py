@@ -117,7 +117,9 @@ def compile_report(options: ReportOptions) -> tuple[dict[str, Any], dict[str, An
         }
         chosen, sampled = choose_rows(shown, options.explain, bundle.seed)
         reasons = explain_rows(texts, chosen, sampled, models, options.method, bundle.seed)
-        report["reasons"] = summarize(reasons, texts, bundle.labels, models, options.method, bundle.seed)
+        report["reasons"] = summarize(
+            reasons, texts, bundle.labels, shown[0].test.labels, models, options.method, bundle.seed
+        )
         answers = report["verdict"]["answers"]
         answers[QUESTIONS[2]] = reasons_answer(report["reasons"], report["verdict"]["version"])
         report["verdict"]["answers"] = {question: answers[question] for question in QUESTIONS}
@@ -151,6 +153,8 @@ def write_report(options: ReportOptions) -> dict[str, Any]:
 
     if options.texts < 1:
         raise DistillError(f"--texts {options.texts}: must be at least 1")
+    if options.max_drop is not None and not math.isfinite(options.max_drop):
+        raise DistillError(f"--max-drop {options.max_drop}: must be a number of points")
     if options.explain < 0:
         raise DistillError(f"--explain {options.explain}: must be at least 0")
     check_output(options.output, options.overwrite)

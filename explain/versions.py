@@ -1,6 +1,6 @@
 """The versions of one classifier that a report compares, read from the folders of the three stages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,25 @@ def read_stage(folder: Path, stage: str, option: str) -> tuple[list[Version], Ma
     return versions, manifest
 
 
+def check_parents(folders: Mapping[str, Path], manifests: Mapping[Path, Manifest]) -> None:
+    """Refuse stages of which one was not made from the other.
+
+    Args:
+        folders: of every stage, by its name.
+        manifests: of the stages that were read, by folder.
+
+    Raises:
+        DistillError: naming the stage to run again.
+    """
+    for before, stage, option in zip(STAGES, STAGES[1:], OPTIONS[1:], strict=False):
+        parent, folder = folders[before], folders[stage]
+        if parent not in manifests or folder not in manifests:
+            continue
+        if manifests[folder].parents[0]["manifest_sha256"] != manifest_hash(parent):
+            raise DistillError(f"{option} {folder}: was not made from the {parent} of now; "
+                               f"run `distill {stage} --overwrite` again")  # fmt: skip
+
+
 def read_versions(teacher: Path, student: Path, export: Path) -> tuple[list[Version], Manifest]:
     """Read every version's predictions; also gives the bundle's manifest.
 
@@ -99,12 +118,7 @@ def read_versions(teacher: Path, student: Path, export: Path) -> tuple[list[Vers
     folders = (teacher, student, export)
     found = [read_stage(*place) for place in zip(folders, STAGES, OPTIONS, strict=True)]
     manifests = [manifest for _, manifest in found]
-    for parent, folder, stage, option, child in zip(
-        folders, folders[1:], STAGES[1:], OPTIONS[1:], manifests[1:], strict=False
-    ):
-        if child.parents[0]["manifest_sha256"] != manifest_hash(parent):
-            raise DistillError(f"{option} {folder}: was not made from the {parent} of now; "
-                               f"run `distill {stage} --overwrite` again")  # fmt: skip
+    check_parents(dict(zip(STAGES, folders, strict=True)), dict(zip(folders, manifests, strict=True)))
     versions = [version for stage_versions, _ in found for version in stage_versions]
     first = versions[0].test
     for version in versions[1:]:

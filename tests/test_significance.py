@@ -4,6 +4,7 @@ import time
 import numpy as np
 import pytest
 import scipy.stats
+from sklearn.metrics import f1_score
 
 from distill.significance import (
     Interval,
@@ -12,6 +13,8 @@ from distill.significance import (
     mcnemar,
     non_inferior,
     paired_bootstrap,
+    undetected,
+    undetected_macro,
 )
 
 
@@ -168,10 +171,32 @@ def test_macro_f1_of_resamples_ignores_classes_that_never_occur():
 
 def test_a_difference_is_never_surer_than_the_number_of_texts_allows():
     nothing = np.zeros(100)
-    assert difference_interval(0.0, nothing, 5).low == pytest.approx(-(1 - 0.025 ** (1 / 5)))
-    found = difference_interval(0.0, nothing, 1000)
+    assert difference_interval(0.0, nothing, undetected(5)).low == pytest.approx(-(1 - 0.025 ** (1 / 5)))
+    found = difference_interval(0.0, nothing, undetected(1000))
     # Clopper and Pearson's upper end for no loss in 1000 texts
     exact = scipy.stats.binomtest(0, 1000).proportion_ci(method="exact").high
     assert (found.low, found.high) == pytest.approx((-exact, exact))
     wide = np.linspace(-0.2, 0.1, 1000)
-    assert difference_interval(-0.05, wide, 1000) == interval(-0.05, wide)
+    assert difference_interval(-0.05, wide, undetected(1000)) == interval(-0.05, wide)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("support", "lost", "margin"),
+    [((500, 500, 5), 0.3, 0.03), ((900, 90, 10), 0.3, 0.03), ((500, 500, 20), 0.1, 0.01)],
+)
+def test_a_rare_class_cannot_hide_a_loss_from_the_gate(support, lost, margin):
+    """A version that loses more macro-F1 than the margin passes in at most 2.5 % of test sets."""
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], support)
+    rare, first = support[2], support[0]
+    true = 2 * (1 - lost) / (2 - lost) - 1 + 2 * first / (2 * first + rare * lost) - 1
+    assert true / 3 < -margin
+    passed = 0
+    for seed in range(200):
+        answers = np.where((labels == 2) & (generator.random(len(labels)) < lost), 0, labels)
+        boot = paired_bootstrap(labels, [labels, answers], 3, resamples=400, seed=seed)
+        change = boot.macro_f1[:, 1] - boot.macro_f1[:, 0]
+        value = f1_score(labels, answers, average="macro") - 1
+        passed += non_inferior(difference_interval(value, change, undetected_macro(support)), margin)
+    assert passed <= 5

@@ -74,7 +74,7 @@ function explained(row) {
       const column = element("div"), head = element("h4");
       head.append(answer(row, version));
       column.append(head, words(row, version, Number(chooser.value)));
-      if (version) column.append(element("p", agreement(row.r[version - 1]), "agreement"));
+      if (version) column.append(element("p", agreement(row.r[version - 1][Number(chooser.value)]), "agreement"));
       return column;
     }));
   };
@@ -114,6 +114,11 @@ function apply() {
 search.addEventListener("input", apply);
 byClass.addEventListener("change", apply);
 who.addEventListener("change", apply);
-more.addEventListener("click", extend);
+more.addEventListener("click", () => {
+  const next = shown;
+  extend();
+  list.children[next].tabIndex = -1;
+  list.children[next].focus();
+});
 document.getElementById("filters").addEventListener("submit", event => event.preventDefault());
 apply();

@@ -142,8 +142,22 @@ def test_the_class_that_words_speak_for_can_be_chosen(driver, browsed):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_verdict_fits_the_first_screen(driver, width):
+def test_the_first_screen_has_the_verdict_the_table_and_the_picture(driver, width):
     driver.set_window_size(width, 1600)
-    heading = driver.find_element("tag name", "h1")
-    assert heading.location["y"] + heading.size["height"] < 900
-    assert heading.size["width"] <= width
+    parts = ["h1"] if width < 1000 else ["h1", "#versions table", "#versions svg"]
+    for part in parts:
+        box = driver.find_element("css selector", part)
+        assert box.location["y"] + box.size["height"] < 800
+        assert box.size["width"] <= width
+
+
+def test_the_keyboard_goes_on_with_the_texts_that_were_added(driver):
+    driver.find_element("id", "search").clear()
+    more = driver.find_element("id", "more")
+    if more.is_displayed():
+        before = len(driver.find_elements("css selector", "#list > li"))
+        more.send_keys("\n")
+        focused = driver.execute_script(
+            "return [...document.getElementById('list').children].indexOf(document.activeElement)"
+        )
+        assert focused == before

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from distill.explain.explanations import ExplainOptions
 
-from distill import Classifier, explain_texts
+from distill import Classifier, DistillError, explain_texts
 
 TEXT = "the phone was lovely and very fast"
 
@@ -79,6 +79,34 @@ def test_folders_of_other_labels_are_refused(chain, run, tmp_path):
     (tmp_path / "t" / "distill.json").write_text(json.dumps({**manifest, "labels": ["a", "b", "c"]}))
     result = run("explain", TEXT, "--teacher", tmp_path / "t", "--export", chain.export)
     assert result.exit_code == 1 and "its labels are not" in result.stderr
+
+
+def test_stages_that_do_not_belong_together_are_refused(chain, run, tmp_path):
+    shutil.copytree(chain.teacher, tmp_path / "t")
+    manifest = json.loads((tmp_path / "t" / "distill.json").read_text())
+    (tmp_path / "t" / "distill.json").write_text(json.dumps({**manifest, "seed": 7}))
+    stages = ["--teacher", tmp_path / "t", "--student", chain.student, "--export", chain.export]
+    result = run("explain", TEXT, *stages)
+    assert result.exit_code == 1 and "run `distill train-student --overwrite` again" in result.stderr
+
+
+def test_a_student_that_was_named_is_not_replaced_by_the_bundles(chain, run, tmp_path):
+    result = run(
+        "explain", TEXT, "--version", "student", "--student", tmp_path / "no", "--export", chain.export
+    )
+    assert result.exit_code == 1 and f"--student {tmp_path / 'no'}" in result.stderr
+
+
+def test_a_string_in_place_of_a_list_and_broken_text_are_refused(chain):
+    with pytest.raises(DistillError, match="a single string"):
+        explain_texts(_options(chain, texts="hello"))
+    with pytest.raises(DistillError, match="text 1: not valid UTF-8"):
+        explain_texts(_options(chain, texts=["a \udcff"]))
+
+
+def test_long_words_do_not_widen_the_table(chain, run):
+    shown = run("explain", "lovely " + "x" * 500, *_stages(chain), "--version", "int8").stdout
+    assert max(len(line) for line in shown.splitlines()[1:]) < 100
 
 
 def test_a_text_is_run_once_however_often_it_is_asked_for(chain):

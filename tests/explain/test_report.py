@@ -195,14 +195,22 @@ def test_the_verdict_names_the_classes_that_are_worse():
     assert "b (-5.0 points)" in answer and "a (" not in answer
 
 
-def test_max_drop_gates_and_the_report_is_written_all_the_same(chain, run, tmp_path, monkeypatch):
+def test_max_drop_gates_and_the_report_is_written_all_the_same(chain, run, tmp_path):
     stages = ["--teacher", chain.teacher, "--student", chain.student, "--export", chain.export]
     stages += ["--texts", 2, "--explain", 0]
     assert run("report", *stages, "--output", tmp_path / "a", "--max-drop", 100).exit_code == 0
-    monkeypatch.setattr("distill.explain.report.non_inferior", lambda change, margin: False)
-    result = run("report", *stages, "--output", tmp_path / "b", "--max-drop", 0.5)
+    lost = (
+        -100
+        * json.loads((tmp_path / "a" / "report.json").read_text())["versions"][-1]["difference"]["macro_f1"][
+            "low"
+        ]
+    )
+    assert run("report", *stages, "--output", tmp_path / "d", "--max-drop", lost + 0.01).exit_code == 0
+    result = run("report", *stages, "--output", tmp_path / "b", "--max-drop", lost - 0.01)
     assert result.exit_code == 1
-    assert result.stderr.strip().splitlines()[-1].startswith("Error: --max-drop 0.5: int8 may lose")
+    assert (
+        result.stderr.strip().splitlines()[-1].startswith(f"Error: --max-drop {lost - 0.01:g}: int8 may lose")
+    )
     assert (tmp_path / "b" / "report.html").is_file()
     assert run("report", *stages, "--output", tmp_path / "c").exit_code == 0
 
@@ -248,6 +256,61 @@ def test_equally_good_versions_are_not_called_worse_in_some_of_150_classes(tmp_p
         [versions[0], _version("int8", labels, predicted, 150, tmp_path)], 150, 0.9, seed=0
     )
     assert rows[1]["difference"]["calls"][7] == "worse"
+
+
+def test_a_class_that_loses_precision_alone_is_called_worse(tmp_path):
+    labels = np.repeat([0, 1, 2], 400)
+    answers = labels.copy()
+    answers[-80:] = 0  # texts of class 2
+    versions = [
+        _version("teacher", labels, labels, 3, tmp_path),
+        _version("int8", labels, answers, 3, tmp_path),
+    ]
+    assert compare_versions(versions, 3, 0.9, seed=0)[1]["difference"]["calls"] == ["worse", "even", "worse"]
+
+
+def test_a_threshold_keeps_its_promise_in_the_digits_that_are_shown(tmp_path):
+    logits = np.zeros((130, 2), dtype=np.float32)
+    logits[:, 0] = np.linspace(9.5, 12, 130)  # all probabilities between 0.9999 and 1
+    labels = np.r_[np.ones(40), np.zeros(90)].astype(np.int64)
+    answers = Predictions([str(n) for n in range(130)], labels, logits)
+    versions = [
+        Version(name, tmp_path, "x.onnx", 1, 64, answers, answers, 1.0) for name in ("teacher", "int8")
+    ]
+    found = compare_versions(versions, 2, 0.95, seed=0)[1]["abstention"]
+    assert found["validation"]["precision"] >= 0.95
+    assert float(str(found["threshold"])) == found["threshold"]
+
+
+def test_a_report_in_which_no_test_text_reaches_the_threshold_is_written(content):
+    silent = json.loads(json.dumps(content))
+    for row in silent["versions"]:
+        row["abstention"]["test"] = {"threshold": 0.9, "coverage": 0.0, "precision": None}
+    assert "0.0 %" in render(silent, markdown=True) and "0.0 %" in render(silent, markdown=False)
+
+
+def test_a_loss_is_never_rounded_to_a_smaller_one():
+    found = verdict([TEACHER, _row("int8", 1.0, -0.030004, -0.01, 0.0)], ["a", "b"], 3.0)
+    assert "up to 3.1 points" in found["headline"] and "may lose up to 3.01" in found["answers"][QUESTIONS[0]]
+
+
+def test_agreement_is_given_for_every_pair_and_every_explained_text(content):
+    reasons = content["reasons"]
+    pairs = [("teacher", "student"), ("teacher", "int8"), ("student", "int8")]
+    assert [tuple(one["versions"]) for one in reasons["between"]] == pairs
+    assert len(reasons["single_texts"]) == reasons["texts"]
+    for one in reasons["single_texts"]:
+        classes = {one["true_class"], *one["answers"].values()}
+        assert {(tuple(pair["versions"]), pair["class"]) for pair in one["pairs"]} == {
+            (pair, label) for pair in pairs for label in classes
+        }
+
+
+@pytest.mark.parametrize("margin", ["inf", "nan"])
+def test_a_margin_that_is_no_number_of_points_is_refused(chain, run, tmp_path, margin):
+    stages = ["--teacher", chain.teacher, "--student", chain.student, "--export", chain.export]
+    result = run("report", *stages, "--max-drop", margin, "--output", tmp_path / "r")
+    assert result.exit_code == 1 and f"--max-drop {margin}" in result.stderr
 
 
 def test_one_lost_text_of_a_rare_class_is_not_called_worse(tmp_path):
