@@ -66,9 +66,8 @@ def compare_versions(
         }
         if index:
             apart = predictions[index] != predictions[0]
-            discordant = sum(
-                np.bincount(one[apart], minlength=classes) for one in (predictions[index], predictions[0])
-            )
+            answers = np.concatenate([predictions[index][apart], predictions[0][apart]])
+            discordant = np.bincount(answers, minlength=classes)
             row["difference"] = _differences(own, scores[0], boot, index, discordant)
             row["mcnemar"] = asdict(mcnemar(labels, predictions[0], predictions[index]))
         rows.append(row)
@@ -145,18 +144,24 @@ def _confidence(
     return probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
 
 
+def _rounded(
+    threshold: float, held_out: tuple[NDArray[np.float64], NDArray[np.bool_]], target_precision: float
+) -> float:
+    """The shortest threshold that a user can copy, rounded down, that keeps the precision asked for."""
+    for digits in range(4, 16):
+        shorter = math.floor(threshold * 10**digits) / 10**digits
+        if select(*held_out, shorter).precision >= target_precision:
+            return shorter
+    return threshold
+
+
 def _abstention(version: Version, target_precision: float) -> dict[str, Any]:
     """The threshold chosen on validation text, what it gives on test text, and the curve on test text."""
     held_out = _confidence(version.validation.logits, version.validation.labels, version.temperature)
     confidence, right = _confidence(version.test.logits, version.test.labels, version.temperature)
     chosen = threshold_for(*held_out, target_precision)
-    for digits in (
-        range(4, 16) if chosen else ()
-    ):  # the shortest that a user can copy and that keeps the promise
-        shorter = select(*held_out, math.floor(chosen.threshold * 10**digits) / 10**digits)
-        if shorter.precision >= target_precision:
-            chosen = shorter
-            break
+    if chosen:
+        chosen = select(*held_out, _rounded(chosen.threshold, held_out, target_precision))
     curve = risk_coverage(confidence, right)
     shown = np.unique(np.linspace(0, len(curve) - 1, CURVE_POINTS).round().astype(int))
     return {
