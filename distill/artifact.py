@@ -76,8 +76,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse, before any work is done, an output folder that must not be replaced."""
+def check_output(output: Path, overwrite: bool, stage: str) -> None:
+    """Refuse, before any work is done, an output folder that must not be replaced.
+
+    Args:
+        output: where the stage will write.
+        overwrite: replace what an earlier run of the same stage wrote.
+        stage: the stage.
+    """
     if not output.exists():
         place = next(parent for parent in output.absolute().parents if parent.exists())
         if not place.is_dir() or not os.access(place, os.W_OK):
@@ -91,6 +97,14 @@ def check_output(output: Path, overwrite: bool) -> None:
         )
     if any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise DistillError(f"--output {output}: not a folder that distill wrote; choose another --output")
+    try:
+        written = json.loads((output / MANIFEST).read_text(encoding="utf-8")).get("stage")
+    except (OSError, ValueError):
+        written = stage
+    if written != stage:
+        raise DistillError(
+            f"--output {output}: `distill {written}` wrote this folder; choose another --output for {stage}"
+        )
 
 
 @contextmanager
@@ -102,7 +116,7 @@ def publish(output: Path, manifest: Manifest, overwrite: bool) -> Iterator[Path]
     Raises:
         DistillError: if `output` exists and `overwrite` is false.
     """
-    check_output(output, overwrite)
+    check_output(output, overwrite, manifest.stage)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.parent / f".{output.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -119,7 +133,7 @@ def publish(output: Path, manifest: Manifest, overwrite: bool) -> Iterator[Path]
         }
         content = json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n"
         (partial / MANIFEST).write_text(content, encoding="utf-8")
-        check_output(output, overwrite)
+        check_output(output, overwrite, manifest.stage)
         old = output.parent / f".{output.name}.old"
         shutil.rmtree(old, ignore_errors=True)
         if output.exists():

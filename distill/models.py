@@ -119,6 +119,7 @@ def load_model(
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
+            problem_type="single_label_classification",
             trust_remote_code=False,
         )
         if getattr(config, "pad_token_id", None) is None:

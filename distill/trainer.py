@@ -237,19 +237,20 @@ def _last_complete(folder: Path) -> str | None:
     return None
 
 
-def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any]) -> str | None:
+def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any], stage: str) -> str | None:
     """Decide, before any work, whether to resume; give the checkpoint to resume from.
 
     Args:
         options: where and how to train.
         recipe: everything that decides the result; a resumed run must have the same.
+        stage: which stage trains.
 
     Raises:
         DistillError: if the output exists, if an interrupted run would be lost, or if the recipe changed.
     """
     if options.max_steps == 0:
         raise DistillError("--max-steps 0: trains nothing; give at least 1, or -1 for no limit")
-    check_output(options.output, options.overwrite)
+    check_output(options.output, options.overwrite, stage)
     folder, record = options.checkpoints, options.checkpoints / RECIPE
     recipe = json.loads(json.dumps(recipe, default=str))
     if folder.exists() and not record.is_file() and not (folder.is_dir() and not any(folder.iterdir())):

@@ -94,7 +94,10 @@ def write_snippets(source_archive: Path, folder: Path, seed: int = 42) -> None:
         files[placed.get(group, "train")].append((text, label))
     for split, rows in files.items():
         _write(folder / f"{split}.csv", ("text", "label"), rows)
-    _write(folder / "unlabeled.csv", ("text",), [(text,) for text in unlabeled if text])
+    # Last, and in one step: where it stands, all four are whole.
+    partial = folder / "unlabeled.csv.partial"
+    _write(partial, ("text",), [(text,) for text in unlabeled if text])
+    partial.replace(folder / "unlabeled.csv")
     logger.info("%s: %s", folder, ", ".join(f"{split} {len(rows):,}" for split, rows in files.items()))
 
 

@@ -157,7 +157,7 @@ def write_report(options: ReportOptions) -> dict[str, Any]:
         raise DistillError(f"--max-drop {options.max_drop}: must be a number of points")
     if options.explain < 0:
         raise DistillError(f"--explain {options.explain}: must be at least 0")
-    check_output(options.output, options.overwrite)
+    check_output(options.output, options.overwrite, "report")
     report, browsed, bundle = compile_report(options)
     manifest = Manifest(
         stage="report",

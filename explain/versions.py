@@ -50,8 +50,10 @@ class Version:
 
     @property
     def size(self) -> int:
-        """Bytes of the file with the weights."""
-        return (self.folder / self.file).stat().st_size
+        """Bytes of the file with the weights, or of all of them where they are in shards."""
+        if (self.folder / self.file).is_file():
+            return (self.folder / self.file).stat().st_size
+        return sum(path.stat().st_size for path in self.folder.glob("model-*.safetensors"))
 
     @property
     def probabilities(self) -> NDArray[np.float64]:

@@ -115,7 +115,7 @@ def export_student(options: ExportOptions) -> Manifest:
         DistillError: if the graph differs from PyTorch, or no INT8 setting stays within `max_drop`.
     """
     started = time.monotonic()
-    check_output(options.output, options.overwrite)
+    check_output(options.output, options.overwrite, "export")
     student = read_manifest(options.student, "train-student", "--student")
     verify(options.student, student)
     data = reload_data(student.data, student.labels, options.data)

@@ -114,6 +114,7 @@ def train_student(options: StudentOptions) -> Manifest:
             "unlabeled_fingerprint": unlabeled
             and hashlib.sha256("".join(unlabeled["id"]).encode()).hexdigest(),
         },
+        "train-student",
     )
 
     texts = data.splits["train"].remove_columns("label")

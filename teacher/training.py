@@ -75,7 +75,9 @@ def train_teacher(options: TeacherOptions) -> Manifest:
     tokenizer = load_tokenizer(options.model, options.max_length)
     set_seed(options.seed)  # a new head is drawn at random
     model = load_model(options.model, data.labels, dropout=options.dropout)
-    resume_from = prepare_checkpoints(options, {**recipe, "data_fingerprint": data.fingerprint})
+    resume_from = prepare_checkpoints(
+        options, {**recipe, "data_fingerprint": data.fingerprint}, "train-teacher"
+    )
 
     train = tokenize(data.splits["train"], tokenizer)
     weights = (

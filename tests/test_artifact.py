@@ -43,9 +43,15 @@ def test_an_interrupted_overwrite_keeps_what_was_there(tmp_path):
 def test_an_existing_folder_is_replaced_only_with_overwrite(tmp_path):
     _write(tmp_path / "teacher", "old")
     with pytest.raises(DistillError, match="add --overwrite"):
-        check_output(tmp_path / "teacher", overwrite=False)
+        check_output(tmp_path / "teacher", False, "train-teacher")
     _write(tmp_path / "teacher", "new", overwrite=True)
     assert (tmp_path / "teacher" / "onnx" / "model").read_text() == "new"
+
+
+def test_no_stage_replaces_what_another_wrote(tmp_path):
+    _write(tmp_path / "teacher", "old")
+    with pytest.raises(DistillError, match="`distill train-teacher` wrote this folder; choose another"):
+        check_output(tmp_path / "teacher", True, "report")
 
 
 @pytest.mark.parametrize("damage", ["change", "remove"])

@@ -246,6 +246,11 @@ STUDENTS = {
     "data changed": (["--data", "other.csv"], "--data other.csv", "bring the old file back"),
     "data gone": (["--data", "absent.csv"], "absent.csv", "say where with --data"),
     "unknown label": (["--data", "labels.csv"], "'furious'", "train the teacher on this data"),
+    "output is the teacher": (
+        ["--output", "TEACHER", "--overwrite"],
+        "`distill train-teacher` wrote this folder",
+        "choose another",
+    ),
     "too many layers": (["--layers", "5"], "--layers 5", "only 4 layers"),
     "unlabeled absent": (["--unlabeled", "absent.csv"], "absent.csv", "no such file"),
     "unlabeled empty": (["--unlabeled", "empty.csv"], "--unlabeled empty.csv", "give a file with texts"),
@@ -256,6 +261,7 @@ STUDENTS = {
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_bad_student_option(kind, here, run, chain):
     options, place, remedy = STUDENTS[kind]
+    options = [str(chain.teacher) if option == "TEACHER" else option for option in options]
     write_csv(here / "other.csv", make_rows(60, seed=9))
     write_csv(here / "labels.csv", [*make_rows(60), *[(f"very {i}", "furious") for i in range(9)]])
     write_csv(here / "empty.csv", [("",), (" ",)], ("text",))
