@@ -81,9 +81,9 @@ def fit_temperature(logits: Logits, labels: Labels) -> float:
     """Fit the one number that logits are divided by so that probabilities mean what they say.
 
     Temperature scaling (Guo et al. 2017): minimise the negative log-likelihood on held-out text, which
-    changes no label. The estimate is the most probable one a posteriori, with log T normally distributed about
-    0 with a standard deviation of 0.5 beforehand: that hardly matters for many texts, and for few keeps
-    answers that all happen to be right, or wrong, from moving T far.
+    changes no label. The estimate is the most probable one a posteriori, with log T normally distributed
+    about 0 with a standard deviation of 0.5 beforehand: that hardly matters for many texts, and for few
+    keeps answers that all happen to be right, or wrong, from moving T far.
 
     Args:
         logits: shape (n, classes), of texts that the model was not trained on.
