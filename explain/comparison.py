@@ -246,8 +246,8 @@ def verdict(
             QUESTIONS[0]: f"Nothing is proved beside a teacher that guesses. {loss}" if guessing else loss,
             QUESTIONS[1]: (
                 f"F1 is lower, beyond chance, for {named}{more}." if worse
-                else "No class is shown to be worse; the widest interval of one class is "
-                f"{_widest(difference['f1'])} points."
+                else "No class's F1 is shown to be lower than the teacher's; for the least certain class the "
+                f"difference lies between {_widest(difference['f1'])} points."
             ),
             QUESTIONS[3]: _trust(row),
         },
@@ -274,7 +274,7 @@ def _loss(change: dict[str, float], margin: float, default_margin: bool) -> str:
 
 def _widest(changes: Sequence[dict[str, float]]) -> str:
     widest = max(changes, key=lambda change: change["high"] - change["low"])
-    return f"{100 * widest['low']:+.1f} to {100 * widest['high']:+.1f}"
+    return f"{100 * widest['low']:+.1f} and {100 * widest['high']:+.1f}"
 
 
 def _trust(row: dict[str, Any]) -> str:
@@ -291,6 +291,7 @@ def _trust(row: dict[str, Any]) -> str:
     if not test["coverage"]:
         return f"{text} No test text reaches the threshold for {wanted} precision."
     return (
-        f"{text} Answering only at {test['threshold']} and above covers {100 * test['coverage']:.0f} % "
-        f"of texts with {100 * test['precision']:.1f} % right (threshold chosen on validation for {wanted})."
+        f"{text} Answering only at {test['threshold']} and above covers {100 * test['coverage']:.0f} % of "
+        f"these texts with {100 * test['precision']:.1f} % right "
+        f"(threshold chosen on validation for {wanted})."
     )

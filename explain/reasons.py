@@ -242,9 +242,9 @@ def reasons_answer(summary: dict[str, Any], version: str) -> str:
         )
     answer = "Mostly." if correlation >= 0.8 else "In part." if correlation >= OTHER_REASONS else "No."
     return (
-        f"{answer} Ordered by what they count for, its words correlate with the teacher's at "
+        f"{answer} In the order of their weight its words correlate with the teacher's at "
         f"{correlation:.2f} on average (1: the same order); {100 * found['top_overlap']:.0f} % of the "
-        f"{summary['top']} most important words are the same; for {100 * found['other_reasons']:.0f} % of "
-        f"{summary['sampled']} texts the reasons are others. Without its most important words its answer "
-        f"loses {100 * faith:.0f} points of probability, without random ones {100 * chance:.0f}."
+        f"{summary['top']} weightiest are the same; for {100 * found['other_reasons']:.0f} % of "
+        f"{summary['sampled']} texts the reasons are others. Taking its weightiest words out costs its "
+        f"answer {100 * faith:.0f} points of probability, random words {100 * chance:.0f}."
     )
