@@ -16,9 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from distill.bundle import MANIFEST, seal_manifest
 from distill.errors import DistillError
 
-MANIFEST = "distill.json"
 SCHEMA_VERSION = 1
 PACKAGES = (
     "distill-onnx",
@@ -34,7 +34,10 @@ PACKAGES = (
 
 @dataclass
 class Manifest:
-    """What a stage did, with what, and what it left behind; the content of `distill.json`."""
+    """What a stage did, with what, and what it left behind; the content of `distill.json`.
+
+    `sha256` is of all the rest, so that `Classifier` can tell an edited manifest.
+    """
 
     stage: str
     labels: list[str]
@@ -53,6 +56,7 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
     created: str = ""
     schema_version: int = SCHEMA_VERSION
+    sha256: str = ""
 
 
 def sha256(path: Path) -> str:
@@ -121,9 +125,9 @@ def publish(output: Path, manifest: Manifest, overwrite: bool) -> Iterator[Path]
     partial = output.parent / f".{output.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    manifest.versions = _versions()
     try:
         yield partial
-        manifest.versions = _versions()
         manifest.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         (partial / MANIFEST).unlink(missing_ok=True)
         manifest.files = {
@@ -131,6 +135,7 @@ def publish(output: Path, manifest: Manifest, overwrite: bool) -> Iterator[Path]
             for path in sorted(partial.rglob("*"))
             if path.is_file()
         }
+        manifest.sha256 = seal_manifest(asdict(manifest))
         content = json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n"
         (partial / MANIFEST).write_text(content, encoding="utf-8")
         check_output(output, overwrite, manifest.stage)

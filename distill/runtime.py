@@ -5,8 +5,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from distill.bundle import TOKENIZER, TOKENIZER_SETTINGS, Bundle, open_bundle
 from distill.errors import DistillError
 from distill.metrics import softmax
 
@@ -25,14 +25,12 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 SLOW_FUSIONS = {"cpu": ["SkipLayerNormFusion"], "cuda": []}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _cores() -> int:
+    """Cores that this process may use."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DistillError(f"{path}: no such file; name a folder that `distill export` wrote") from None
-    except ValueError as error:
-        raise DistillError(f"{path}: not readable as JSON ({error}); export the bundle again") from error
-    return content
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        return os.cpu_count() or 1
 
 
 def _choose_provider(wanted: str, files: dict[str, str]) -> str:
@@ -51,7 +49,8 @@ class Classifier:
     """A text classifier out of a bundle that `distill export` wrote.
 
     Texts run one at a time, several at once over threads that share one session: on a CPU this is faster than
-    batches, which pay for padding. A `Classifier` may be used from several threads.
+    batches, which pay for padding, and no answer depends on the texts beside it. A `Classifier` may be shared
+    by threads and used after a fork.
 
     Attributes:
         labels: label names, in the order of the columns of `predict_proba`.
@@ -71,7 +70,7 @@ class Classifier:
         """Open a bundle.
 
         Args:
-            bundle: folder that `distill export` wrote.
+            bundle: folder that `distill export` wrote, or the single file of `--single-file`.
             provider: "cpu", "cuda" (fails if CUDA is not really used) or "auto".
             file: an ONNX file inside the bundle, in place of the provider's.
             threads: texts in flight at once; the number of cores when left out.
@@ -80,53 +79,47 @@ class Classifier:
             same.
 
         Raises:
-            DistillError: if the bundle is incomplete or the provider cannot be used.
+            DistillError: if a file of the bundle is missing or is not the one that was exported, or if the
+                provider cannot be used.
         """
-        folder = Path(bundle)
-        if not folder.is_dir():
-            raise DistillError(f"{folder}: no such folder; name one that `distill export` wrote")
-        manifest = _read_json(folder / "distill.json")
-        details = manifest.get("details", {})
-        if "files" not in details:
-            raise DistillError(
-                f"{folder}: not a bundle (written by {manifest.get('stage')}); run `distill export` on it"
-            )
-        self.labels: list[str] = manifest["labels"]
-        self.max_length: int = manifest["max_length"]
-        self._tokenizer = self._open_tokenizer(folder / "tokenizer.json")
-        self._threads = threads or os.cpu_count() or 1
-        self.provider = _choose_provider(provider, details["files"])
-        self.file = file or details["files"].get(self.provider) or details["files"]["fp32"]
+        parts = open_bundle(bundle)
+        details = parts.manifest["details"]
+        files: dict[str, str] = details["files"]
+        self.labels: list[str] = parts.manifest["labels"]
+        self.max_length: int = parts.manifest["max_length"]
+        self._open_tokenizer(parts)
+        self._threads = threads or _cores()
+        # Threads start when they are first needed.
+        self._pool = ThreadPoolExecutor(self._threads, "distill")
+        self.provider = _choose_provider(provider, files)
         try:
-            self._session = self._open_session(folder / self.file)
+            self._open_session(parts, file)
         except DistillError as error:
             if provider != "auto" or self.provider == "cpu":
                 raise
             logger.warning("%s; using the CPU", error)
             self.provider = "cpu"
-            self.file = file or details["files"].get("cpu") or details["files"]["fp32"]
-            self._session = self._open_session(folder / self.file)
+            self._open_session(parts, file)
         fitted: dict[str, float] = details.get("temperature", {})
         self.temperature = fitted.get(self.file, 1.0) if calibrated else 1.0
-        self._inputs = [node.name for node in self._session.get_inputs()]
         if provider == "auto":
-            logger.info("%s: %s on %s", folder, self.file, self.provider)
+            logger.info("%s: %s on %s", parts.place, self.file, self.provider)
 
-    def _open_tokenizer(self, path: Path) -> Tokenizer:
-        if not path.is_file():
-            raise DistillError(f"{path}: missing from the bundle; export it again")
-        tokenizer = Tokenizer.from_file(str(path))
-        settings = path.with_name("tokenizer_config.json")
-        padding = _read_json(settings).get("pad_token") if settings.is_file() else None
+    def _open_tokenizer(self, parts: Bundle) -> None:
+        content, settings = parts.read(TOKENIZER), parts.read(TOKENIZER_SETTINGS)
+        if content is None:
+            raise DistillError(f"{parts.place / TOKENIZER}: missing from the bundle; export it again")
+        self._tokenizer = Tokenizer.from_buffer(content)
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(self.max_length)
+        padding = json.loads(settings).get("pad_token") if settings else None
         padding = padding["content"] if isinstance(padding, dict) else padding
-        self._padding = tokenizer.token_to_id(padding or "") or 0
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(self.max_length)
-        return tokenizer
+        self._padding = self._tokenizer.token_to_id(padding or "") or 0
 
-    def _open_session(self, path: Path) -> onnxruntime.InferenceSession:
-        if not path.is_file():
-            raise DistillError(f"{path}: missing from the bundle; export it again")
+    def _open_session(self, parts: Bundle, file: str | None) -> None:
+        files = parts.manifest["details"]["files"]
+        self.file: str = file or files.get(self.provider) or files.get("fp32", "")
+        model = parts.model(self.file)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
@@ -134,16 +127,18 @@ class Classifier:
         name = PROVIDERS[self.provider]
         try:
             session = onnxruntime.InferenceSession(
-                str(path), options, providers=[name], disabled_optimizers=SLOW_FUSIONS[self.provider]
+                model, options, providers=[name], disabled_optimizers=SLOW_FUSIONS[self.provider]
             )
         except Exception as error:  # onnxruntime's own kinds share no base class but Exception
             raise DistillError(
-                f"{path}: onnxruntime cannot open it: {str(error).splitlines()[0]}; export it again"
+                f"{parts.place / self.file}: onnxruntime cannot open it: {str(error).splitlines()[0]}; "
+                "export it again"
             ) from error
         if session.get_providers()[0] != name:
             raise DistillError(f"provider {self.provider!r}: fell back to {session.get_providers()[0]}; "
                                "check that its CUDA and cuDNN libraries are installed")  # fmt: skip
-        return session
+        self._session = session
+        self._inputs = [node.name for node in session.get_inputs()]
 
     def logits(self, text: Text) -> NDArray[np.float32]:
         """Logits of one text (or pair of texts), shape (classes,)."""
@@ -160,21 +155,60 @@ class Classifier:
 
     def stream_logits(self, texts: Iterable[Text]) -> Iterator[NDArray[np.float32]]:
         """Logits of each text in order; takes in only as many texts ahead as keeps the threads busy."""
-        remaining = iter(texts)
         if self._threads == 1:
-            yield from map(self.logits, remaining)
+            yield from map(self.logits, texts)
             return
-        with ThreadPoolExecutor(self._threads) as pool:
-            waiting = deque(pool.submit(self.logits, text) for text in islice(remaining, 4 * self._threads))
-            while waiting:
+        waiting: deque[Future[NDArray[np.float32]]] = deque()
+        for text in texts:
+            waiting.append(self._pool.submit(self.logits, text))
+            while waiting[0].done() or len(waiting) > 4 * self._threads:
                 yield waiting.popleft().result()
-                waiting.extend(pool.submit(self.logits, text) for text in islice(remaining, 1))
+                if not waiting:
+                    break
+        while waiting:
+            yield waiting.popleft().result()
+
+    def stream_proba(self, texts: Iterable[Text]) -> Iterator[NDArray[np.float64]]:
+        """Probabilities of each text in order, shape (classes,), for streams that fit no memory."""
+        return map(self.probabilities, self.stream_logits(texts))
 
     def predict_logits(self, texts: Iterable[Text]) -> NDArray[np.float32]:
         """Logits, shape (n, classes)."""
         texts = _checked(texts)
-        rows = list(self.stream_logits(texts))
-        return np.stack(rows) if rows else np.empty((0, len(self.labels)), dtype=np.float32)
+        logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
+        # The longest first, so that no thread is left alone with a long text at the end.
+        waiting = deque(sorted(range(len(texts)), key=lambda index: -_characters(texts[index])))
+
+        def work() -> None:
+            while waiting:
+                try:
+                    index = waiting.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                logits[index] = self.logits(texts[index])
+
+        helpers = [self._pool.submit(work) for _ in range(min(self._threads, len(texts)) - 1)]
+        try:
+            work()
+        finally:
+            waiting.clear()
+        for helper in helpers:
+            # One that has not started, because other callers keep the pool busy, is not needed any more.
+            if not helper.cancel():
+                helper.result()
+        return logits
+
+    async def apredict_proba(self, texts: Iterable[Text]) -> NDArray[np.float64]:
+        """`predict_proba` for asyncio: on the classifier's own threads, so that the event loop goes on."""
+        import asyncio
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self.predict_proba, texts)
+
+    async def apredict(self, texts: Iterable[Text]) -> list[str]:
+        """`predict` for asyncio."""
+        import asyncio
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self.predict, texts)
 
     def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
         """Calibrated probabilities of logits of shape (…, classes)."""
@@ -210,6 +244,10 @@ class Classifier:
             best = [{"label": self.labels[index], "score": float(row[index])} for index in order]
             answers.append(best[0] if legacy else best)
         return answers[0] if single and not legacy else answers
+
+
+def _characters(text: Text) -> int:
+    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
 
 
 def _checked(texts: Iterable[Text]) -> list[Text]:

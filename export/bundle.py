@@ -1,5 +1,6 @@
 """Assemble the bundle: fp32 and INT8 ONNX files, tokenizer, labels, model card, manifest, predictions."""
 
+import json
 import logging
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from distill.export.verification import compare, require_parity
 from numpy.typing import NDArray
 
 from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest, verify
+from distill.bundle import MANIFEST, TOKENIZER, TOKENIZER_SETTINGS, write_single_file
 from distill.calibration import fit_temperature
 from distill.data import Data, reload_data, texts_of
 from distill.errors import DistillError
@@ -28,18 +30,30 @@ from distill.trainer import predict_logits
 logger = logging.getLogger(__name__)
 FP32 = "onnx/model.onnx"
 INT8 = "onnx/model_quantized.onnx"
+SINGLE = "classifier.onnx"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
 LATENCY_TEXTS = 60
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Options of `distill export`. `max_drop` is in points of validation macro-F1."""
+    """Options of `distill export`.
+
+    Attributes:
+        student: folder of `distill train-student`.
+        output: folder to write.
+        int8: add an INT8 file.
+        max_drop: points of validation macro-F1 that INT8 may lose.
+        single_file: add `classifier.onnx`, which holds the whole bundle.
+        data: the data, if it has moved.
+        overwrite: replace an existing output folder.
+    """
 
     student: Path = Path("runs/student")
     output: Path = Path("runs/export")
     int8: bool = False
     max_drop: float = 1.0
+    single_file: bool = False
     data: str | None = None
     overwrite: bool = False
 
@@ -138,8 +152,6 @@ def export_student(options: ExportOptions) -> Manifest:
 
 
 def _fill(folder: Path, options: ExportOptions, manifest: Manifest, data: Data) -> None:
-    import json
-
     (folder / "onnx").mkdir()
     with tempfile.TemporaryDirectory() as scratch:
         shutil.move(export_fp32(options.student, Path(scratch)), folder / FP32)
@@ -153,7 +165,7 @@ def _fill(folder: Path, options: ExportOptions, manifest: Manifest, data: Data) 
         if path.is_file() and path.name not in TOKENIZER_FILES:
             path.unlink()
     # A first manifest lets Classifier open the draft; publish() replaces it.
-    (folder / "distill.json").write_text(json.dumps(asdict(manifest)))
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest)))
     draft = _Draft(folder, options.student, manifest, data)
     model = load_model(str(options.student), manifest.labels, "--student")
     pytorch = predict_logits(model, tokenizer, data.splits["validation"], "cpu", "fp32")
@@ -188,7 +200,23 @@ def _fill(folder: Path, options: ExportOptions, manifest: Manifest, data: Data) 
         for split in EVALUATED
     }
     write_predictions(folder, data.splits, versions)
+    if options.single_file:
+        _write_single_file(folder, manifest)
     (folder / "README.md").write_text(_model_card(manifest), encoding="utf-8")
+
+
+def _write_single_file(folder: Path, manifest: Manifest) -> None:
+    """Write the CPU provider's file with all that `Classifier` needs beside it."""
+    file = manifest.details["files"]["cpu"]
+    if (folder / f"{file}_data").exists():
+        raise DistillError(
+            "--single-file: an ONNX file holds at most 2 GB, and this model has more; leave it out"
+        )
+    details = {**manifest.details, "files": {"cpu": file}}
+    parts = {MANIFEST: json.dumps({**asdict(manifest), "details": details}, ensure_ascii=False)}
+    for name in (TOKENIZER, TOKENIZER_SETTINGS):
+        parts[name] = (folder / name).read_text(encoding="utf-8")
+    write_single_file(folder / SINGLE, (folder / file).read_bytes(), parts)
 
 
 def _model_card(manifest: Manifest) -> str:

@@ -22,6 +22,9 @@ from distill.options import output_options, show_stage
     default=1.0,
     help="Points of validation macro-F1 that INT8 may lose.",
 )
+@click.option(
+    "--single-file", is_flag=True, help="Add classifier.onnx, one file that holds the whole bundle."
+)
 @click.option("--data", help="The data, if it has moved [where the earlier stages read it].")
 @output_options("runs/export")
 def export(as_json: bool, output: Path, **options: Any) -> None:

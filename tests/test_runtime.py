@@ -1,8 +1,11 @@
+import asyncio
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -29,6 +32,12 @@ def pipeline(chain):
         chain.export, subfolder="onnx", file_name="model_quantized.onnx"
     )
     return build("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(chain.export))
+
+
+def _unseal(bundle):
+    """Make a bundle look like one under construction, whose files may still change."""
+    manifest = json.loads((bundle / "distill.json").read_text())
+    (bundle / "distill.json").write_text(json.dumps({**manifest, "files": {}, "sha256": ""}))
 
 
 def test_a_process_that_predicts_loads_neither_torch_nor_transformers(chain, tmp_path):
@@ -80,6 +89,59 @@ def test_the_temperature_of_the_bundle_is_applied_and_can_be_switched_off(chain,
     assert plain.predict(TEXTS) == classifier.predict(TEXTS)
 
 
+def test_many_threads_sharing_a_classifier_get_what_one_alone_gets(chain):
+    shared = Classifier(chain.export, threads=2)
+    alone = Classifier(chain.export, threads=1).predict_logits(TEXTS)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(shared.predict_logits, [TEXTS] * 16):
+            np.testing.assert_array_equal(found, alone)
+
+
+def test_coroutines_get_the_same_answers(chain, classifier):
+    async def ask():
+        shared = Classifier(chain.export, threads=2)
+        return await asyncio.gather(*(shared.apredict(TEXTS[i : i + 5]) for i in range(0, 50, 5)),
+                                    shared.apredict_proba(TEXTS))  # fmt: skip
+
+    *labels, probabilities = asyncio.run(ask())
+    assert sum(labels, []) == classifier.predict(TEXTS)
+    np.testing.assert_array_equal(probabilities, classifier.predict_proba(TEXTS))
+
+
+def test_a_text_that_fails_is_reported_and_leaves_the_classifier_usable(chain, monkeypatch):
+    shared = Classifier(chain.export, threads=3)
+    answer = shared.logits
+
+    def fail(text):
+        if text == "broken":
+            raise ValueError("boom")
+        return answer(text)
+
+    monkeypatch.setattr(shared, "logits", fail)
+    with pytest.raises(ValueError, match="boom"):
+        shared.predict(["lovely", "broken", *TEXTS])
+    assert shared.predict(TEXTS) == Classifier(chain.export).predict(TEXTS)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_process_that_was_forked_goes_on_answering(chain):
+    code = (
+        "import os, distill\n"
+        f"c = distill.Classifier({str(chain.export)!r}, threads=2)\n"
+        "texts = ['a lovely phone', 'awful'] * 20\n"
+        "before = c.predict(texts)\n"
+        "child = os.fork()\n"
+        "if not child: os._exit(0 if c.predict(texts) == before else 3)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_stream_gives_probabilities_in_order(chain, classifier):
+    answers = list(Classifier(chain.export, threads=3).stream_proba(iter(TEXTS)))
+    np.testing.assert_array_equal(np.stack(answers), classifier.predict_proba(TEXTS))
+
+
 def test_threads_change_neither_order_nor_result(chain):
     one, four = Classifier(chain.export, threads=1), Classifier(chain.export, threads=4)
     np.testing.assert_array_equal(one.predict_logits(TEXTS), four.predict_logits(TEXTS))
@@ -107,6 +169,7 @@ def test_a_text_without_tokens_is_answered(chain, tmp_path):
     settings = json.loads(path.read_text())
     settings["post_processor"] = None
     path.write_text(json.dumps(settings))
+    _unseal(tmp_path / "b")
     assert np.isfinite(Classifier(tmp_path / "b").logits("")).all()
 
 
