@@ -3,14 +3,14 @@
 import json
 import logging
 import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from distill.export.onnx import export_fp32, fuse
+from distill.export.onnx import export_fp32, fuse, shorten
 from distill.export.quantization import Setting, Trial, choose, quantize, settings
 from distill.export.verification import compare, require_parity
 from numpy.typing import NDArray
@@ -88,12 +88,14 @@ class _Draft:
         return {setting: measured[str(setting)] for setting in candidates}
 
 
-def _quantized(draft: _Draft, config: Any, reference: float, max_drop: float) -> tuple[Setting, list[Trial]]:
+def _quantized(
+    draft: _Draft, exported: Path, config: Any, reference: float, max_drop: float
+) -> tuple[Setting, list[Trial]]:
     """Try every setting and leave the chosen one as `onnx/model_quantized.onnx`."""
     scratch = draft.folder / "onnx" / "trials"
     scratch.mkdir()
     fused = scratch / "fused.onnx"
-    fusion = fuse(draft.folder / FP32, fused, config)
+    fusion = fuse(exported, fused, config)
     candidates: dict[Setting, Path] = {}
     failed: list[Trial] = []
     for number, setting in enumerate(settings(fusion)):
@@ -145,21 +147,23 @@ def export_student(options: ExportOptions) -> Manifest:
         parameters=student.parameters,
         details={"files": {"fp32": FP32, "cpu": INT8 if options.int8 else FP32, "cuda": FP32}},
     )
-    with publish(options.output, manifest, options.overwrite) as folder:
-        _fill(folder, options, manifest, data)
+    with publish(options.output, manifest, options.overwrite) as folder, TemporaryDirectory() as scratch:
+        exported = export_fp32(options.student, Path(scratch))
+        _fill(folder, exported, options, manifest, data)
         manifest.wall_seconds = round(time.monotonic() - started, 1)
     return manifest
 
 
-def _fill(folder: Path, options: ExportOptions, manifest: Manifest, data: Data) -> None:
+def _fill(folder: Path, exported: Path, options: ExportOptions, manifest: Manifest, data: Data) -> None:
     (folder / "onnx").mkdir()
-    with tempfile.TemporaryDirectory() as scratch:
-        shutil.move(export_fp32(options.student, Path(scratch)), folder / FP32)
-        external = Path(scratch) / "model.onnx_data"
-        if external.exists():
-            shutil.move(external, folder / "onnx" / external.name)
-        tokenizer = load_tokenizer(str(options.student), manifest.max_length, "--student")
-        tokenizer.save_pretrained(folder)
+    external = exported.with_name(f"{exported.name}_data")
+    if external.exists():  # more than 2 GB: left as it is
+        for path in (exported, external):
+            shutil.copy(path, folder / "onnx" / path.name)
+    else:
+        manifest.details["first_token_only"] = shorten(exported, folder / FP32)
+    tokenizer = load_tokenizer(str(options.student), manifest.max_length, "--student")
+    tokenizer.save_pretrained(folder)
     shutil.copy(options.student / "config.json", folder / "config.json")
     for path in folder.iterdir():
         if path.is_file() and path.name not in TOKENIZER_FILES:
@@ -178,7 +182,7 @@ def _fill(folder: Path, options: ExportOptions, manifest: Manifest, data: Data) 
     versions = {"onnx-fp32": fp32}
     if options.int8:
         reference = draft.macro_f1(fp32["validation"], "validation")
-        chosen, trials = _quantized(draft, model.config, reference, options.max_drop)
+        chosen, trials = _quantized(draft, exported, model.config, reference, options.max_drop)
         versions["int8"] = {split: draft.logits(INT8, split) for split in EVALUATED}
         agreement = compare(fp32["validation"], versions["int8"]["validation"])
         sizes = {name: (folder / file).stat().st_size for name, file in (("fp32", FP32), ("int8", INT8))}

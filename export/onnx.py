@@ -8,6 +8,9 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import onnx
+from distill.export.pooling import keep_first_token
+
 from distill.errors import DistillError
 
 logger = logging.getLogger(__name__)
@@ -45,13 +48,22 @@ def export_fp32(student: Path, folder: Path) -> Path:
     return folder / "model.onnx"
 
 
+def shorten(model: Path, shortened: Path) -> bool:
+    """Write `model` without what its answer does not need; False if that is nothing."""
+    graph = onnx.load(model)
+    found = keep_first_token(graph)
+    onnx.save(graph, shortened)
+    return found
+
+
 def fuse(model: Path, fused: Path, config: Any) -> bool:
     """Write `model` with attention and GELU fused for the CPU; False where ONNX Runtime knows no fusion.
 
-    LayerNormalization stays apart from the addition before it and from the embedding: on a CPU the kernels
-    that fuse them are slower than the plain ones.
+    LayerNormalization stays apart from the addition before it and from the embedding, and GELU from its bias:
+    on a CPU the kernels that fuse them are slower than the plain ones. Attention takes the mask as it is; its
+    shorter form, a length, is wrong for padding on the left.
     """
-    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.fusion_options import AttentionMaskFormat, FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
     known = {
@@ -69,6 +81,8 @@ def fuse(model: Path, fused: Path, config: Any) -> bool:
     options.enable_skip_layer_norm = False
     options.enable_bias_skip_layer_norm = False
     options.enable_embed_layer_norm = False
+    options.enable_bias_gelu = False
+    options.attention_mask_format = AttentionMaskFormat.AttentionMask
     try:
         with _quiet():
             optimized = optimize_model(
@@ -80,6 +94,7 @@ def fuse(model: Path, fused: Path, config: Any) -> bool:
                 opt_level=0,
             )
             optimized.save_model_to_file(str(fused))
+            shorten(fused, fused)
     except Exception as error:  # fusion is an offer, never a need
         logger.info("Fusion left out: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)
         return False

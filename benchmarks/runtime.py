@@ -1,0 +1,135 @@
+"""`Classifier` against Optimum and `transformers.pipeline` on one INT8 file, and against its bare parts.
+
+Latency of one text (one thread each), bulk throughput on all cores (the pipeline with its best batch size),
+and the time from starting Python to the first answer. Writes benchmarks/results/runtime.json.
+
+Usage: python benchmarks/runtime.py [DEMO_FOLDER], after `make demo`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnxruntime
+import pyarrow.csv
+from tokenizers import Tokenizer
+
+from distill import Classifier
+from distill.latency import cpu_name, measure
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BUNDLE = Path("runs/export")
+FILE = "model_quantized.onnx"
+BATCH_SIZES = (1, 8, 32)
+
+
+def _pipeline(threads: int | None) -> Callable[..., Any]:
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+    from transformers import AutoTokenizer, pipeline
+
+    options = onnxruntime.SessionOptions()
+    if threads:
+        options.intra_op_num_threads = threads
+    model = ORTModelForSequenceClassification.from_pretrained(
+        BUNDLE, subfolder="onnx", file_name=FILE, session_options=options
+    )
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLE)
+    return pipeline("text-classification", model=model, tokenizer=tokenizer, truncation=True)
+
+
+def _bare() -> Callable[[str], Any]:
+    """Tokenizers and `session.run`, with nothing around them."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        BUNDLE / "onnx" / FILE, options, providers=["CPUExecutionProvider"]
+    )
+    tokenizer = Tokenizer.from_file(str(BUNDLE / "tokenizer.json"))
+    tokenizer.no_padding()
+    names = {
+        "input_ids": "ids",
+        "attention_mask": "attention_mask",
+        "token_type_ids": "type_ids",
+    }
+    inputs = {node.name: names[node.name] for node in session.get_inputs()}
+
+    def run(text: str) -> Any:
+        encoding = tokenizer.encode(text)
+        feeds = {
+            name: np.array([getattr(encoding, column)], dtype=np.int64) for name, column in inputs.items()
+        }
+        return session.run(None, feeds)[0].argmax()
+
+    return run
+
+
+def _texts_per_second(run: Callable[[list[str]], Any], texts: list[str]) -> float:
+    started = time.perf_counter()
+    run(texts)
+    return len(texts) / (time.perf_counter() - started)
+
+
+def _cold_start(repeats: int) -> list[float]:
+    """Seconds from starting the interpreter to the end of a process that answered one text."""
+    code = "from distill import Classifier; Classifier('runs/export').predict(['What a lovely surprise'])"
+    times = []
+    for _ in range(repeats + 1):  # the first run warms the file cache
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        times.append(time.perf_counter() - started)
+    return times[1:]
+
+
+@click.command()
+@click.argument("demo", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"))
+@click.option("--texts", "count", default=300, help="Test texts for latency; throughput takes all of them.")
+@click.option("--repeats", default=5, help="Of throughput and of the cold start.")
+def main(demo: Path, count: int, repeats: int) -> None:
+    """Measure the runtime on the demo's bundle."""
+    if not (demo / BUNDLE).is_dir():
+        raise click.ClickException(f"{demo}: no finished demo in it; run `make demo` first")
+    RESULTS.mkdir(exist_ok=True)
+    os.chdir(demo)
+    texts = pyarrow.csv.read_csv("sentiment/test.csv")["text"].to_pylist()
+    one = Classifier(BUNDLE, provider="cpu", threads=1)
+    pipeline = _pipeline(1)
+    sides = {
+        "bare": _bare(),
+        "distill": lambda text: one.predict([text]),
+        "distill, as a pipeline": one,
+        "pipeline": pipeline,
+    }
+    latency = measure(sides, texts[:: max(1, len(texts) // count)][:count], rounds=5)
+    every = Classifier(BUNDLE, provider="cpu")
+    parallel = _pipeline(None)
+    runs: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        runs.setdefault("distill", []).append(_texts_per_second(every.predict, texts))
+        for size in BATCH_SIZES:
+            speed = _texts_per_second(lambda given, size=size: parallel(given, batch_size=size), texts)
+            runs.setdefault(f"pipeline, batches of {size}", []).append(speed)
+    speeds = {name: float(np.median(values)) for name, values in runs.items()}
+    cold = _cold_start(repeats)
+    result = {
+        "cpu": cpu_name(),
+        "latency_ms": latency,
+        "latency_over_pipeline": latency["distill, as a pipeline"] / latency["pipeline"],
+        "overhead_over_bare": latency["distill"] / latency["bare"] - 1,
+        "texts_per_second": speeds,
+        "spread": {name: [min(values), max(values)] for name, values in runs.items()},
+        "throughput_over_pipeline": speeds["distill"] / max(v for k, v in speeds.items() if k != "distill"),
+        "cold_start_s": float(np.median(cold)),
+    }
+    (RESULTS / "runtime.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    click.echo(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Leave out what a classifier never reads: after the last attention, every token but the first.
+
+A classifier that pools by the first token reads one row of the last hidden state. What follows the
+attention of the last layer treats each token by itself, so it may run on that row alone: the answer is the
+same, and most of a layer is saved. Everything before is needed, since attention mixes the tokens.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+# Operators of which a row of the output depends on that row of the inputs alone, whatever their rank.
+ROWWISE = {
+    "Add", "BiasGelu", "Cast", "Div", "Erf", "FastGelu", "Gelu", "Identity", "LayerNormalization", "MatMul",
+    "Mul", "Pow", "QuickGelu", "ReduceMean", "Relu", "Sigmoid", "Sqrt", "Sub", "Sum", "Tanh",
+}  # fmt: skip
+SUFFIX = "_first_token"
+
+
+def keep_first_token(model: onnx.ModelProto) -> bool:
+    """Move the choice of the first token up to the last attention; False where the graph does not pool so.
+
+    Args:
+        model: a classifier's fp32 graph, changed in place.
+    """
+    graph = _Graph(model.graph)
+    for pooling in model.graph.node:
+        if graph.takes_first_token(pooling):
+            moved, sources = graph.rowwise_above(pooling)
+            if moved:
+                _move(model.graph, pooling, moved, sources)
+                return True
+    return False
+
+
+class _Graph:
+    """Who makes and who reads each tensor of a graph, and the values of constants."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.values: dict[str, NDArray[Any]] = {
+            entry.name: onnx.numpy_helper.to_array(entry) for entry in graph.initializer
+        }
+        self.producer: dict[str, onnx.NodeProto] = {}
+        self.readers: dict[str, list[int]] = defaultdict(list)
+        for node in graph.node:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self.values[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
+            for name in node.output:
+                self.producer[name] = node
+            for name in node.input:
+                self.readers[name].append(id(node))
+        for output in graph.output:
+            self.readers[output.name].append(id(graph))
+
+    def takes_first_token(self, node: onnx.NodeProto) -> bool:
+        if node.op_type != "Gather" or _attributes(node).get("axis") != 1:
+            return False
+        index = self.values.get(node.input[1])
+        return index is not None and index.shape == () and index == 0
+
+    def is_rowwise(self, node: onnx.NodeProto | None) -> bool:
+        if node is None or node.op_type not in ROWWISE:
+            return False
+        constants = [self.values.get(name) for name in node.input]
+        attributes = _attributes(node)
+        if node.op_type == "LayerNormalization":
+            return attributes.get("axis", -1) == -1
+        if node.op_type == "ReduceMean":
+            axes = constants[1] if len(constants) > 1 else attributes.get("axes")
+            return axes is not None and list(axes) == [-1] and attributes.get("keepdims", 1) == 1
+        if node.op_type == "MatMul":
+            return constants[0] is None and np.ndim(constants[1]) == 2
+        return all(constant is None or constant.ndim <= 1 for constant in constants)
+
+    def rowwise_above(self, pooling: onnx.NodeProto) -> tuple[list[onnx.NodeProto], set[str]]:
+        """The nodes that may run on the first row alone, and the tensors of all rows that they start from."""
+        moved: list[onnx.NodeProto] = []
+        sources: set[str] = set()
+        inside, pending = {id(pooling)}, {pooling.input[0]}
+        # A tensor that is read elsewhere too is needed whole, so the others go first.
+        while name := next((one for one in sorted(pending) if inside.issuperset(self.readers[one])), None):
+            pending.remove(name)
+            node = self.producer.get(name)
+            if node is None or not self.is_rowwise(node):
+                sources.add(name)
+                continue
+            inside.add(id(node))
+            moved.append(node)
+            pending.update(one for one in node.input if one and one not in self.values)
+        return moved, sources | pending
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+
+
+def _move(
+    graph: onnx.GraphProto, pooling: onnx.NodeProto, moved: list[onnx.NodeProto], sources: set[str]
+) -> None:
+    for node in moved:
+        _rename(node, {name: name + SUFFIX for name in sources})
+    index, hidden, pooled = pooling.input[1], pooling.input[0], pooling.output[0]
+    nodes = [node for node in graph.node if node.output[0] != pooled]
+    for node in nodes:
+        _rename(node, {pooled: hidden})  # the row itself by now
+    nodes += [
+        onnx.helper.make_node("Gather", [name, index], [name + SUFFIX], axis=1) for name in sorted(sources)
+    ]
+    del graph.node[:], graph.value_info[:]  # shapes have changed
+    graph.node.extend(_in_order(nodes))
+
+
+def _rename(node: onnx.NodeProto, names: dict[str, str]) -> None:
+    for position, name in enumerate(node.input):
+        node.input[position] = names.get(name, name)
+
+
+def _in_order(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Each node after those that it reads."""
+    missing = {name for node in nodes for name in node.output}
+    ordered: list[onnx.NodeProto] = []
+    while nodes:
+        later = []
+        for node in nodes:
+            if missing.intersection(node.input):
+                later.append(node)
+            else:
+                ordered.append(node)
+                missing.difference_update(node.output)
+        nodes = later
+    return ordered

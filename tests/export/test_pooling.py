@@ -1,0 +1,104 @@
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import transformers
+from conftest import make_tokenizer
+from distill.export.onnx import export_fp32, fuse, shorten
+from distill.export.pooling import SUFFIX, keep_first_token
+
+SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 48, "max_position_embeddings": 40, "num_labels": 3}  # fmt: skip
+DISTIL = {"vocab_size": 60, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "num_labels": 3}
+MODERN = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+FIRST_TOKEN = {
+    "bert": transformers.BertConfig(**SMALL),
+    "distilbert": transformers.DistilBertConfig(**DISTIL),
+    "roberta": transformers.RobertaConfig(**SMALL),
+    "mpnet": transformers.MPNetConfig(**SMALL),
+    "electra": transformers.ElectraConfig(**SMALL, embedding_size=32),
+}
+OTHERS = {
+    "modernbert, mean": transformers.ModernBertConfig(
+        **SMALL, **MODERN, classifier_pooling="mean", reference_compile=False
+    ),
+    "gpt2, last": transformers.GPT2Config(
+        vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=40, num_labels=3, pad_token_id=0
+    ),
+}
+LEFT, RIGHT = [0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0, 0]
+
+
+def _export(config, folder):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    for weight in model.parameters():  # vectors too, which start as ones and zeros
+        torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    return export_fp32(folder / "model", folder / "onnx"), model
+
+
+def _logits(path, ids, mask):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    return session.run(None, {node.name: given[node.name] for node in session.get_inputs()})[0]
+
+
+def _matrix_rows(path):
+    """Rank of what each product with a matrix of weights is taken of, in the order of the graph."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in model.graph.value_info}
+    weights = {entry.name for entry in model.graph.initializer if len(entry.dims) == 2}
+    return [
+        ranks.get(n.input[0]) for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights
+    ]
+
+
+@pytest.mark.parametrize("name", FIRST_TOKEN)
+def test_the_last_layer_runs_on_the_first_token_with_the_same_logits(name, tmp_path):
+    exported, model = _export(FIRST_TOKEN[name], tmp_path)
+    assert shorten(exported, tmp_path / "short.onnx")
+    onnx.checker.check_model(tmp_path / "short.onnx", full_check=True)
+    ids = np.arange(5, 25).reshape(2, 10)
+    mask = np.array([[1] * 10, RIGHT])
+    with torch.no_grad():
+        expected = model(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(_logits(tmp_path / "short.onnx", ids, mask), expected, atol=1e-4, rtol=1e-4)
+    before, after = _matrix_rows(exported), _matrix_rows(tmp_path / "short.onnx")
+    # The projection after attention and both of the feed-forward network, at least.
+    assert after.count(2) - before.count(2) >= 3 and len(after) == len(before)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+@pytest.mark.parametrize("mask", [LEFT, RIGHT])
+def test_fused_attention_keeps_its_mask_on_either_side(name, mask, tmp_path):
+    exported, _ = _export(FIRST_TOKEN[name], tmp_path)
+    assert fuse(exported, tmp_path / "fused.onnx", FIRST_TOKEN[name])
+    nodes = onnx.load(tmp_path / "fused.onnx").graph.node
+    assert [node.op_type for node in nodes].count("Attention") == 2
+    assert any(output.endswith(SUFFIX) for node in nodes for output in node.output)
+    ids, mask = np.arange(5, 15).reshape(1, 10), np.array([mask])
+    np.testing.assert_allclose(
+        _logits(tmp_path / "fused.onnx", ids, mask), _logits(exported, ids, mask), atol=1e-4, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_classifier_that_pools_otherwise_is_left_as_it_is(name, tmp_path):
+    exported, _ = _export(OTHERS[name], tmp_path)
+    model = onnx.load(exported)
+    assert not keep_first_token(model)
+    assert model == onnx.load(exported)
+
+
+def test_a_hidden_state_that_is_an_output_too_stays_whole(tmp_path):
+    exported, _ = _export(FIRST_TOKEN["bert"], tmp_path)
+    model = onnx.load(exported)
+    pooling = next(n for n in model.graph.node if n.op_type == "Gather" and "pooler" in n.name)
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info(pooling.input[0], onnx.TensorProto.FLOAT, None)
+    )
+    assert not keep_first_token(model)
