@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from distill.export.pooling import keep_first_token
+from distill.export.pooling import attend_from_first_token, keep_first_token
 
 from distill.errors import DistillError
 
@@ -52,6 +52,8 @@ def shorten(model: Path, shortened: Path) -> bool:
     """Write `model` without what its answer does not need; False if that is nothing."""
     graph = onnx.load(model)
     found = keep_first_token(graph)
+    if found:
+        attend_from_first_token(graph)
     onnx.save(graph, shortened)
     return found
 

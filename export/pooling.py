@@ -1,8 +1,9 @@
-"""Leave out what a classifier never reads: after the last attention, every token but the first.
+"""Leave out what a classifier never reads: in the last layer, every token but the first.
 
 A classifier that pools by the first token reads one row of the last hidden state. What follows the
-attention of the last layer treats each token by itself, so it may run on that row alone: the answer is the
-same, and most of a layer is saved. Everything before is needed, since attention mixes the tokens.
+attention of the last layer treats each token by itself, so it may run on that row alone; and of the last
+attention that row needs one query, with the keys and values of all tokens. The answer is the same, and most
+of a layer is saved. Everything before is needed, since attention mixes the tokens.
 """
 
 from collections import defaultdict
@@ -33,6 +34,29 @@ def keep_first_token(model: onnx.ModelProto) -> bool:
             if moved:
                 _move(model.graph, pooling, moved, sources)
                 return True
+    return False
+
+
+def attend_from_first_token(model: onnx.ModelProto) -> bool:
+    """Let the last fused Attention, of which the first token alone is read, compute one query.
+
+    ONNX Runtime's Attention gives as many rows as it is given; MultiHeadAttention takes query, key and value
+    apart.
+
+    Args:
+        model: a graph that went through `keep_first_token`, changed in place.
+    """
+    graph = _Graph(model.graph)
+    for pooling in model.graph.node:
+        attention = graph.producer.get(pooling.input[0]) if pooling.input else None
+        if (
+            attention is not None
+            and graph.takes_first_token(pooling)
+            and graph.readers[pooling.input[0]] == [id(pooling)]
+            and graph.is_self_attention(attention)
+        ):
+            _split_attention(model.graph, attention, pooling, graph.values)
+            return True
     return False
 
 
@@ -75,6 +99,18 @@ class _Graph:
             return constants[0] is None and np.ndim(constants[1]) == 2
         return all(constant is None or constant.ndim <= 1 for constant in constants)
 
+    def is_self_attention(self, node: onnx.NodeProto) -> bool:
+        """Whether it is fused, of one input with packed weights, and with nothing more than a mask."""
+        known = {"num_heads", "mask_filter_value", "scale"}
+        return (
+            node.op_type == "Attention"
+            and node.domain == "com.microsoft"
+            and not set(_attributes(node)) - known
+            and not any(node.input[4:])
+            and all(name in self.values for name in node.input[1:3])
+            and self.values[node.input[1]].shape[1] % 3 == 0
+        )
+
     def rowwise_above(self, pooling: onnx.NodeProto) -> tuple[list[onnx.NodeProto], set[str]]:
         """The nodes that may run on the first row alone, and the tensors of all rows that they start from."""
         moved: list[onnx.NodeProto] = []
@@ -110,6 +146,52 @@ def _move(
         onnx.helper.make_node("Gather", [name, index], [name + SUFFIX], axis=1) for name in sorted(sources)
     ]
     del graph.node[:], graph.value_info[:]  # shapes have changed
+    graph.node.extend(_in_order(nodes))
+
+
+def _split_attention(
+    graph: onnx.GraphProto,
+    attention: onnx.NodeProto,
+    pooling: onnx.NodeProto,
+    values: dict[str, NDArray[Any]],
+) -> None:
+    name, (tokens, weight, bias, *mask) = attention.output[0], attention.input
+    axis = f"{name}_axis"
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), axis))
+    row = f"{tokens}{SUFFIX}"
+    nodes = []
+    if row not in {output for node in graph.node for output in node.output}:
+        nodes.append(onnx.helper.make_node("Gather", [tokens, pooling.input[1]], [row], axis=1))
+    parts = {}
+    for part, source, matrix, vector in zip(
+        ("query", "key", "value"),
+        (row, tokens, tokens),
+        np.split(values[weight], 3, axis=1),
+        np.split(values[bias], 3),
+        strict=True,
+    ):
+        parts[part] = f"{name}_{part}"
+        constants = (f"{parts[part]}_weight", np.ascontiguousarray(matrix)), (f"{parts[part]}_bias", vector)
+        graph.initializer.extend(onnx.numpy_helper.from_array(value, key) for key, value in constants)
+        product = f"{parts[part]}_product"
+        nodes += [
+            onnx.helper.make_node("MatMul", [source, constants[0][0]], [product]),
+            onnx.helper.make_node("Add", [product, constants[1][0]], [parts[part]]),
+        ]
+    inputs = [f"{name}_query_row", parts["key"], parts["value"], "", *mask]
+    nodes += [
+        onnx.helper.make_node("Unsqueeze", [parts["query"], axis], [f"{name}_query_row"]),
+        onnx.helper.make_node(
+            "MultiHeadAttention", inputs, [f"{name}_row"], domain="com.microsoft", **_attributes(attention)
+        ),
+        onnx.helper.make_node("Squeeze", [f"{name}_row", axis], [pooling.output[0]]),
+    ]
+    gone = {name, pooling.output[0]}
+    nodes += [node for node in graph.node if not gone.intersection(node.output)]
+    unused = [entry for entry in graph.initializer if entry.name in (weight, bias)]
+    for entry in unused:
+        graph.initializer.remove(entry)
+    del graph.node[:]
     graph.node.extend(_in_order(nodes))
 
 
