@@ -77,8 +77,10 @@ def _label_names(splits: dict[str, Dataset]) -> list[str]:
     if len(names) < 2:
         raise DistillError(f"--data: only one label ({', '.join(names)}); a classifier needs at least two")
     if rows > 20 and len(counts["train"]) > rows / 2:
-        raise DistillError(f"--data: {len(counts['train'])} different labels in {rows} rows; "
-                           "is this the label column? Name it with --label-column")  # fmt: skip
+        raise DistillError(
+            f"--data: {len(counts['train'])} different labels in {rows} rows are no classes; "
+            "name the column that holds them with --label-column"
+        )
     return names
 
 

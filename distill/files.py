@@ -44,6 +44,11 @@ def find_column(
     for name in known:
         if name in lower:
             return lower[name]
+    if len(present) == 1 and (other := next((mark for mark in ";\t|" if mark in present[0]), None)):
+        kind = "a tab; name the file .tsv" if other == "\t" else f"{other!r}; save the file with commas"
+        raise DistillError(
+            f"{place}: only one column, {present[0]!r}; its columns seem to be separated by {kind}"
+        )
     raise DistillError(f"{place}: which column? Found {', '.join(present)}; name one with {option}")
 
 

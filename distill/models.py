@@ -89,16 +89,24 @@ def inference(device: str, precision: str) -> Iterator[None]:
 @contextmanager
 def loading(checkpoint: str, option: str) -> Iterator[None]:
     """Turn the many ways in which loading fails into one line."""
+    if checkpoint.startswith((".", "/", "~")) and not Path(checkpoint).is_dir():
+        raise DistillError(f"{option} {checkpoint}: no such folder; name a Hugging Face checkpoint")
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
         raise DistillError(
             f"{option} {checkpoint}: no config.json in this folder; name a Hugging Face checkpoint"
         )
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt
     try:
         yield
     except DistillError:
         raise
     except Exception as error:  # transformers and the Hub client raise many kinds
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if "connect" in reason or "offline mode" in reason:
+            reason = (
+                "no such folder, not in the Hub's cache, and the Hub cannot be reached; "
+                "name a folder with a checkpoint, or connect"
+            )
         raise DistillError(f"{option} {checkpoint}: cannot be loaded: {reason}") from error
 
 

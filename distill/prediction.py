@@ -106,6 +106,7 @@ def _writer(output: Path | None, form: str) -> Iterator[Callable[[Row], None]]:
     "--json", "as_json", is_flag=True, help="One JSON object a line, with every class's probability."
 )
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run.")
+@click.option("--file", help="ONNX file of the bundle, such as onnx/model.onnx [the provider's].")
 @click.option("--threads", type=click.IntRange(min=1), help="Texts in flight at once [one a core].")
 def predict(
     source: str,
@@ -117,6 +118,7 @@ def predict(
     overwrite: bool,
     as_json: bool,
     provider: str,
+    file: str | None,
     threads: int | None,
 ) -> None:
     """Classify texts from SOURCE: a CSV, TSV, JSONL or Parquet file, or - for standard input.
@@ -142,7 +144,7 @@ def predict(
         )
     name = "standard input" if source == "-" else source
     rows, again = tee(_standard_input(form or "text") if source == "-" else read_rows(Path(source)))
-    classifier = Classifier(bundle, provider=provider, threads=threads)
+    classifier = Classifier(bundle, provider=provider, file=file, threads=threads)
     answers = classifier.stream_logits(_texts(again, name, text_column, text_pair_column))
     added = ("prediction", "score", *(["probabilities"] if as_json else []))
     with _writer(output, target) as write:

@@ -136,7 +136,7 @@ def demo(output: Path) -> None:
     click.echo(
         f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. "
         f"The report is {output}/runs/report/report.html; open it in a browser. "
-        f"The classifier is {output}/runs/export; try it:"
+        f"The classifier is {output}/runs/export (INT8; the report says whether to prefer fp32); try it:"
     )
     command = (
         "distill" if shutil.which("distill") else os.path.relpath(Path(sys.executable).with_name("distill"))

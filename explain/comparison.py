@@ -215,7 +215,7 @@ def verdict(
         status, headline = "reject", f"Do not ship {name} yet: it loses too much."
     else:
         status = "unsettled"
-        headline = f"Ship {name} only if you can accept a loss of up to {_at_most(change, 1)} points."
+        headline = f"Ship {name} only if you can accept a loss of up to {at_most(change, 1)} points."
     difference = row["difference"]
     worse = sorted(
         (difference["f1"][index]["value"], labels[index])
@@ -226,7 +226,7 @@ def verdict(
     more = f" and {len(worse) - NAMED_CLASSES} more" if len(worse) > NAMED_CLASSES else ""
     refused = [one for one in exported if one not in fit and one is not row]
     loss = _loss(change, margin, default_margin) + "".join(
-        f" {one['version']} may lose up to {_at_most(one['difference']['macro_f1'])}." for one in refused
+        f" {one['version']} may lose up to {at_most(one['difference']['macro_f1'])}." for one in refused
     )
     return {
         "status": status,
@@ -254,7 +254,7 @@ def verdict(
     }  # fmt: skip
 
 
-def _at_most(change: dict[str, float], digits: int = 2) -> str:
+def at_most(change: dict[str, float], digits: int = 2) -> str:
     """The loss that is not excluded, in points, never rounded to a smaller one."""
     scale = 10**digits
     return f"{math.ceil(round(-100 * change['low'] * scale, 6)) / scale:.{digits}f}"
@@ -265,10 +265,11 @@ def _loss(change: dict[str, float], margin: float, default_margin: bool) -> str:
     moved = f"loses {-value:.2f}" if value < 0 else f"gains {value:.2f}"
     within = "within" if low >= -margin else "more than"
     allowed = "allowed by default" if default_margin else "allowed"
-    worst = f"may lose up to {_at_most(change)}" if low < 0 else f"gains at least {low:.2f}"
+    worst = f"may lose up to {at_most(change)}" if low < 0 else f"gains at least {low:.2f}"
+    lowest = f"-{at_most(change)}" if low < 0 else f"{low:+.2f}"
     return (
-        f"It {moved} points of macro-F1 on these texts ({100 * CONFIDENCE:.0f} % interval "
-        f"{low:+.2f} to {high:+.2f}): it {worst}, {within} the {margin:g} points {allowed}."
+        f"It {moved} points of macro-F1 on these texts ({100 * CONFIDENCE:.0f} % interval {lowest} to "
+        f"{high:+.2f}): it {worst}, {within} the {margin:g} points {allowed}."
     )
 
 

@@ -3,11 +3,11 @@
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.explain.comparison import QUESTIONS, compare_versions, only_guesses, verdict
+from distill.explain.comparison import QUESTIONS, at_most, compare_versions, only_guesses, verdict
 from distill.explain.rendering import render
 from distill.explain.versions import (
     Version,
@@ -200,8 +200,8 @@ def require_quality(report: dict[str, Any], output: Path) -> None:
     if non_inferior(change, found["margin"] / 100):
         return
     raise DistillError(
-        f"--max-drop {found['margin']:g}: {row['version']} may lose {-100 * change.low:.2f} points of "
+        f"--max-drop {found['margin']:g}: {row['version']} may lose {at_most(asdict(change))} points of "
         f"macro-F1 (measured {100 * change.value:+.2f}, {100 * found['confidence']:.0f} % interval "
-        f"{100 * change.low:+.2f} to {100 * change.high:+.2f}); see {output}, then train "
+        f"-{at_most(asdict(change))} to {100 * change.high:+.2f}); see {output}, then train "
         "longer, give more test text, or allow more"
     )

@@ -96,7 +96,7 @@ class _Graph:
             axes = constants[1] if len(constants) > 1 else attributes.get("axes")
             return axes is not None and list(axes) == [-1] and attributes.get("keepdims", 1) == 1
         if node.op_type == "MatMul":
-            return constants[0] is None and np.ndim(constants[1]) == 2
+            return constants[0] is None and constants[1] is not None and constants[1].ndim == 2
         return all(constant is None or constant.ndim <= 1 for constant in constants)
 
     def is_self_attention(self, node: onnx.NodeProto) -> bool:

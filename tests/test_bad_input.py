@@ -119,6 +119,8 @@ def test_bad_data_folder(kind, here, run, checkpoint):
 
 
 OPTIONS = {
+    "missing checkpoint": (["--data", "good.csv", "--model", "./absent"], "./absent", "no such folder", 1),
+    "semicolons": (["--data", "semicolons.csv"], "semicolons.csv", "save the file with commas", 1),
     "missing file": (["--data", "absent.csv"], "absent.csv", "no such file", 1),
     "missing path": (["--data", "./absent"], "./absent", "no such file", 1),
     "named column absent": (["--data", "good.csv", "--text-column", "body"], "'body'", "--text-column", 1),
@@ -155,6 +157,7 @@ OPTIONS = {
 def test_bad_option(kind, here, run, checkpoint):
     options, place, remedy, code = OPTIONS[kind]
     write_csv(here / "good.csv", ROWS)
+    (here / "semicolons.csv").write_text("review;category\nlovely;good\nawful;bad\n")
     (here / "mine").mkdir()
     (here / "mine" / "thesis.txt").write_text("precious")
     before = _snapshot(here)
