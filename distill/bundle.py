@@ -109,8 +109,9 @@ class _File:
     def __init__(self, place: Path) -> None:
         self.place = place
         self._content = place.read_bytes()
-        body, seal = self._content[: -len(_entry(_SEAL, "0" * 64))], self._content[-64:]
-        if hashlib.sha256(body).hexdigest().encode() != seal:
+        length = len(_entry(_SEAL, "0" * 64))
+        body, seal = self._content[:-length], self._content[-length:]
+        if seal != _entry(_SEAL, hashlib.sha256(body).hexdigest()):
             raise DistillError(
                 f"{place}: not what `distill export --single-file` wrote, or changed since; export it again"
             )
