@@ -17,6 +17,8 @@ lint: install
 
 benchmark: install
 	$(BIN)/python benchmarks/latency.py
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/runtime.py
+	$(BIN)/python benchmarks/int8_ceiling.py
 	$(BIN)/python benchmarks/explanations.py
 
 install: $(VENV)/.installed

@@ -96,6 +96,8 @@ def _quantized(
     scratch.mkdir()
     fused = scratch / "fused.onnx"
     fusion = fuse(exported, fused, config)
+    if fusion:
+        shorten(fused, fused)
     candidates: dict[Setting, Path] = {}
     failed: list[Trial] = []
     for number, setting in enumerate(settings(fusion)):

@@ -96,7 +96,6 @@ def fuse(model: Path, fused: Path, config: Any) -> bool:
                 opt_level=0,
             )
             optimized.save_model_to_file(str(fused))
-            shorten(fused, fused)
     except Exception as error:  # fusion is an offer, never a need
         logger.info("Fusion left out: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)
         return False

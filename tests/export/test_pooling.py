@@ -77,6 +77,7 @@ def test_the_last_layer_runs_on_the_first_token_with_the_same_logits(name, tmp_p
 def test_fused_attention_keeps_its_mask_on_either_side(name, mask, tmp_path):
     exported, _ = _export(FIRST_TOKEN[name], tmp_path)
     assert fuse(exported, tmp_path / "fused.onnx", FIRST_TOKEN[name])
+    assert shorten(tmp_path / "fused.onnx", tmp_path / "fused.onnx")
     nodes = onnx.load(tmp_path / "fused.onnx").graph.node
     kinds = [node.op_type for node in nodes]
     # The last attention has one query.

@@ -1,0 +1,165 @@
+"""How close a 2-layer, 384-wide INT8 student comes to the core's own INT8 speed, and where the rest goes.
+
+The ceiling is what ONNX Runtime's MatMulInteger reaches alone, on one thread: with the matrices of the
+student's layers, and with the fastest of larger ones. The student has random weights, which its speed does
+not depend on. "as exported" is the same student before export leaves the other tokens out of its last layer.
+Writes benchmarks/results/int8_ceiling.json.
+
+Usage: python benchmarks/int8_ceiling.py [TOKENS]
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import numpy as np
+import onnxruntime
+from distill.export.onnx import export_fp32, fuse, shorten
+from distill.export.quantization import Setting, quantize
+from onnx import TensorProto, helper, numpy_helper
+
+from distill.latency import cpu_name
+from distill.runtime import SLOW_FUSIONS
+
+RESULTS = Path(__file__).resolve().parent / "results"
+LAYERS, WIDTH, INNER, HEADS = 2, 384, 1536, 12
+LAYER = [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, INNER), (INNER, WIDTH)]
+
+
+def _session(model: Path | bytes, profile: Path | None = None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    return onnxruntime.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOW_FUSIONS["cpu"]
+    )
+
+
+def _seconds(run: Callable[[], Any], repeats: int = 300) -> float:
+    """Median of one run."""
+    times = []
+    for _ in range(repeats + 20):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[20:]))
+
+
+def _product(rows: int, inner: int, columns: int) -> Callable[[], Any]:
+    """One MatMulInteger, UINT8 x INT8, of rows x inner by inner x columns."""
+    generator = np.random.default_rng(0)
+    weights = generator.integers(-127, 127, (inner, columns)).astype(np.int8)
+    zero = numpy_helper.from_array(np.uint8(128), "zero")
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["a", "weights", "zero"], ["c"])],
+        "product",
+        [helper.make_tensor_value_info("a", TensorProto.UINT8, [rows, inner])],
+        [helper.make_tensor_value_info("c", TensorProto.INT32, [rows, columns])],
+        [numpy_helper.from_array(weights, "weights"), zero],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    session = _session(helper.make_model(graph, opset_imports=opset, ir_version=9).SerializeToString())
+    given = {"a": generator.integers(0, 255, (rows, inner)).astype(np.uint8)}
+    return lambda: session.run(None, given)
+
+
+def _student(folder: Path) -> dict[str, Path]:
+    """The student's INT8 files, as Optimum exports it and as distill does."""
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(30_000))]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "student")
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        intermediate_size=INNER, num_labels=3,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder / "student")
+    exported = export_fp32(folder / "student", folder / "onnx")
+    fuse(exported, folder / "whole.onnx", config)
+    shorten(folder / "whole.onnx", folder / "short.onnx")
+    files = {"as exported": folder / "whole.int8.onnx", "distill": folder / "short.int8.onnx"}
+    for name, path in zip(("whole", "short"), files.values(), strict=True):
+        quantize(folder / f"{name}.onnx", path, Setting(fused=True, per_channel=False))
+    return files
+
+
+def _computed(tokens: int) -> int:
+    """Operations that are left: in the last layer keys and values of all tokens, and one row of the rest."""
+    layer = sum(inner * columns for inner, columns in LAYER)
+    both = 2 * WIDTH * WIDTH
+    return 2 * (tokens * ((LAYERS - 1) * layer + both) + layer - both)
+
+
+def _profile(path: Path, feeds: dict[str, Any], folder: Path, runs: int = 200) -> dict[str, float]:
+    """Microseconds of each operator in one run, under the profiler, which adds about 2 a node."""
+    session = _session(path, folder / "profile")
+    for _ in range(runs):
+        session.run(None, feeds)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    spent: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time"):
+            spent[event["args"]["op_name"]] += event["dur"]
+    return {name: round(total / runs, 1) for name, total in spent.most_common()}
+
+
+@click.command()
+@click.argument("tokens", type=int, default=32)
+@click.option("--rounds", default=5, help="Students and ceiling take turns; the best round counts for each.")
+def main(tokens: int, rounds: int) -> None:
+    """Measure the student and its ceiling in turns."""
+    RESULTS.mkdir(exist_ok=True)
+    operations = 2 * tokens * LAYERS * sum(inner * columns for inner, columns in LAYER)
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        files = _student(folder)
+        generator = np.random.default_rng(0)
+        feeds = {
+            "input_ids": generator.integers(5, 30_000, (1, tokens)),
+            "attention_mask": np.ones((1, tokens), dtype=np.int64),
+            "token_type_ids": np.zeros((1, tokens), dtype=np.int64),
+        }
+        sessions = {name: _session(path) for name, path in files.items()}
+        sides: dict[str, tuple[Callable[[], Any], int]] = {
+            name: (lambda session=session: session.run(None, feeds), operations)
+            for name, session in sessions.items()
+        }
+        for inner, columns in LAYER:
+            name = f"MatMulInteger {tokens} x {inner} x {columns}"
+            sides[name] = (_product(tokens, inner, columns), 2 * tokens * inner * columns)
+        sides["MatMulInteger 512 x 384 x 1536"] = (_product(512, 384, 1536), 2 * 512 * 384 * 1536)
+        best = {name: float("inf") for name in sides}
+        for _ in range(rounds):
+            for name, (run, _) in sides.items():
+                best[name] = min(best[name], _seconds(run))
+        profiles = {name: _profile(path, feeds, folder) for name, path in files.items()}
+    own = LAYERS * sum(best[f"MatMulInteger {tokens} x {inner} x {columns}"] for inner, columns in LAYER)
+    speed = {name: sides[name][1] / seconds / 1e9 for name, seconds in best.items()}
+    ceiling = max(value for name, value in speed.items() if name.startswith("MatMulInteger"))
+    result = {
+        "cpu": cpu_name(),
+        "onnxruntime": onnxruntime.__version__,
+        "tokens": tokens,
+        "operations": operations,
+        "operations_computed": {"as exported": operations, "distill": _computed(tokens)},
+        "microseconds": {name: round(1e6 * seconds, 1) for name, seconds in best.items()},
+        "gops": {name: round(value) for name, value in speed.items()},
+        "of_ceiling_with_its_own_matrices": {name: own / best[name] for name in files},
+        "of_highest_ceiling": {name: speed[name] / ceiling for name in files},
+        "profile_microseconds": profiles,
+    }
+    (RESULTS / "int8_ceiling.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    click.echo(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
