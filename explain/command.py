@@ -54,6 +54,10 @@ def report(as_json: bool, output: Path, **options: Any) -> None:
     the command fails, after the report is written, when the lower end of the 95 % interval of the difference
     between the bundle's version for the CPU and the teacher falls below the margin.
     """
+    from distill.artifact import check_output
+
+    check_output(output, options["overwrite"], "report")  # before the seconds that packages take to load
+
     from distill.explain.rendering import render
     from distill.explain.report import ReportOptions, require_quality, write_report
 

@@ -32,6 +32,12 @@ def export(as_json: bool, output: Path, **options: Any) -> None:
 
     With --int8 several quantization settings are tried; the fastest that loses at most --max-drop is kept.
     """
+    from distill.artifact import check_output, read_manifest
+
+    # Before the seconds that torch takes to load.
+    check_output(output, options["overwrite"], "export")
+    read_manifest(options["student"], "train-student", "--student")
+
     from distill.export.bundle import ExportOptions, export_student
 
     show_stage(export_student(ExportOptions(output=output, **options)), output, as_json)

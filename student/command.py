@@ -31,6 +31,12 @@ def train_student(as_json: bool, output: Path, **options: Any) -> None:
 
     The teacher labels every text once; its logits are kept beside it and never computed again.
     """
+    from distill.artifact import check_output, read_manifest
+
+    # Before the seconds that torch takes to load.
+    check_output(output, options["overwrite"], "train-student")
+    read_manifest(options["teacher"], "train-teacher", "--teacher")
+
     from distill.student.training import StudentOptions
     from distill.student.training import train_student as run
 

@@ -31,6 +31,10 @@ def train_teacher(
     Splits that the data lacks are made: a stratified tenth for validation and for test. The weights with the
     best validation macro-F1 are kept.
     """
+    from distill.artifact import check_output
+
+    check_output(output, options["overwrite"], "train-teacher")  # before the seconds that torch takes to load
+
     from distill.teacher.training import TeacherOptions
     from distill.teacher.training import train_teacher as run
 

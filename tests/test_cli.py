@@ -71,3 +71,24 @@ def test_a_missing_extra_is_named(monkeypatch, run, tmp_path):
         result = run("export")
         assert result.exit_code == 1
         assert f"distill-onnx[{'cpu' if name == 'onnxruntime' else 'train'}]" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train-teacher", "--data", "x.csv", "--model", "x", "--output", "there"],
+        ["train-student", "--teacher", "absent"],
+        ["export", "--student", "absent"],
+        ["report", "--output", "there"],
+    ],
+)
+def test_a_plain_mistake_is_told_before_torch_is_loaded(arguments, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("mine")
+    code = (
+        "import sys; from distill.cli import cli\n"
+        f"try: cli({arguments!r})\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "False"], done.stderr
