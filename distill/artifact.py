@@ -121,11 +121,11 @@ def publish(output: Path, manifest: Manifest, overwrite: bool) -> Iterator[Path]
         DistillError: if `output` exists and `overwrite` is false.
     """
     check_output(output, overwrite, manifest.stage)
+    manifest.versions = _versions()
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.parent / f".{output.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    manifest.versions = _versions()
     try:
         yield partial
         manifest.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

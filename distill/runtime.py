@@ -161,10 +161,8 @@ class Classifier:
         waiting: deque[Future[NDArray[np.float32]]] = deque()
         for text in texts:
             waiting.append(self._pool.submit(self.logits, text))
-            while waiting[0].done() or len(waiting) > 4 * self._threads:
+            while waiting and (waiting[0].done() or len(waiting) > 4 * self._threads):
                 yield waiting.popleft().result()
-                if not waiting:
-                    break
         while waiting:
             yield waiting.popleft().result()
 

@@ -54,6 +54,31 @@ def make_tokenizer():
     return BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=64)
 
 
+def make_configs(layers: int) -> dict:
+    """A tiny classifier's configuration of each family of encoders whose layers a student may keep."""
+    import transformers
+
+    small = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4,
+             "intermediate_size": 48, "max_position_embeddings": 40, "num_labels": 3}  # fmt: skip
+    distil = {
+        "vocab_size": 60,
+        "dim": 32,
+        "n_layers": layers,
+        "n_heads": 4,
+        "hidden_dim": 48,
+        "num_labels": 3,
+    }
+    modern = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    return {
+        "bert": transformers.BertConfig(**small),
+        "distilbert": transformers.DistilBertConfig(**distil),
+        "roberta": transformers.RobertaConfig(**small),
+        "mpnet": transformers.MPNetConfig(**small),
+        "electra": transformers.ElectraConfig(**small, embedding_size=32),
+        "modernbert": transformers.ModernBertConfig(**small, **modern, reference_compile=False),
+    }
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A randomly initialised BERT encoder (4 layers, hidden 32) with its tokenizer."""

@@ -4,25 +4,15 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from conftest import make_tokenizer
+from conftest import make_configs, make_tokenizer
 from distill.export.onnx import export_fp32, fuse, shorten
 from distill.export.pooling import SUFFIX, keep_first_token
 
-SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "intermediate_size": 48, "max_position_embeddings": 40, "num_labels": 3}  # fmt: skip
-DISTIL = {"vocab_size": 60, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "num_labels": 3}
-MODERN = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-FIRST_TOKEN = {
-    "bert": transformers.BertConfig(**SMALL),
-    "distilbert": transformers.DistilBertConfig(**DISTIL),
-    "roberta": transformers.RobertaConfig(**SMALL),
-    "mpnet": transformers.MPNetConfig(**SMALL),
-    "electra": transformers.ElectraConfig(**SMALL, embedding_size=32),
-}
+FIRST_TOKEN = make_configs(layers=2)
+MODERN = FIRST_TOKEN.pop("modernbert")
+MODERN.classifier_pooling = "mean"
 OTHERS = {
-    "modernbert, mean": transformers.ModernBertConfig(
-        **SMALL, **MODERN, classifier_pooling="mean", reference_compile=False
-    ),
+    "modernbert, mean": MODERN,
     "gpt2, last": transformers.GPT2Config(
         vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=40, num_labels=3, pad_token_id=0
     ),

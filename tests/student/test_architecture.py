@@ -1,22 +1,12 @@
 import pytest
 import torch
 import transformers
+from conftest import make_configs
 from distill.student.architecture import evenly_spaced, keep_layers
 
 from distill.errors import DistillError
 
-SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4,
-         "intermediate_size": 48, "max_position_embeddings": 40, "num_labels": 3}  # fmt: skip
-DISTIL = {"vocab_size": 60, "dim": 32, "n_layers": 6, "n_heads": 4, "hidden_dim": 48, "num_labels": 3}
-MODERN = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-FAMILIES = {
-    "bert": transformers.BertConfig(**SMALL),
-    "distilbert": transformers.DistilBertConfig(**DISTIL),
-    "roberta": transformers.RobertaConfig(**SMALL),
-    "mpnet": transformers.MPNetConfig(**SMALL),
-    "electra": transformers.ElectraConfig(**SMALL, embedding_size=32),
-    "modernbert": transformers.ModernBertConfig(**SMALL, **MODERN, reference_compile=False),
-}
+FAMILIES = make_configs(layers=6)
 INPUTS = {
     "input_ids": torch.arange(5, 25).reshape(2, 10),
     "attention_mask": torch.ones(2, 10, dtype=torch.long),
