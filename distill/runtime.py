@@ -1,28 +1,24 @@
 """`Classifier`: text in, labels and probabilities out. Imports onnxruntime, tokenizers and numpy alone."""
 
-import json
 import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from distill.bundle import TOKENIZER, TOKENIZER_SETTINGS, Bundle, open_bundle
+from distill.bundle import open_bundle
+from distill.engine import Engine, Text, choose_provider
 from distill.errors import DistillError
 from distill.metrics import softmax
 
 logger = logging.getLogger(__name__)
-Text = str | tuple[str, str]
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# On a CPU the fused kernel takes four times as long as the Add and the LayerNormalization it replaces.
-SLOW_FUSIONS = {"cpu": ["SkipLayerNormFusion"], "cuda": []}
+STREAM_BATCH = 4096  # texts that a stream gives a GPU at once
 
 
 def _cores() -> int:
@@ -33,24 +29,12 @@ def _cores() -> int:
         return os.cpu_count() or 1
 
 
-def _choose_provider(wanted: str, files: dict[str, str]) -> str:
-    if wanted not in ("auto", *PROVIDERS):
-        raise DistillError(f"provider {wanted!r}: unknown; use auto, cpu or cuda")
-    available = onnxruntime.get_available_providers()
-    if wanted == "auto":
-        return "cuda" if "cuda" in files and PROVIDERS["cuda"] in available else "cpu"
-    if PROVIDERS[wanted] not in available:
-        raise DistillError(f"provider {wanted!r}: this onnxruntime has only {', '.join(available)}; "
-                           "install onnxruntime-gpu in place of onnxruntime")  # fmt: skip
-    return wanted
-
-
 class Classifier:
     """A text classifier out of a bundle that `distill export` wrote.
 
-    Texts run one at a time, several at once over threads that share one session: on a CPU this is faster than
-    batches, which pay for padding, and no answer depends on the texts beside it. A `Classifier` may be shared
-    by threads and used after a fork.
+    On a CPU texts run one at a time, several at once over threads that share one session: that is faster than
+    batches, which pay for padding, and no answer depends on the texts beside it. On CUDA they run in batches
+    of similar length. A `Classifier` may be shared by threads and used after a fork.
 
     Attributes:
         labels: label names, in the order of the columns of `predict_proba`.
@@ -84,77 +68,40 @@ class Classifier:
         """
         parts = open_bundle(bundle)
         details = parts.manifest["details"]
-        files: dict[str, str] = details["files"]
         self.labels: list[str] = parts.manifest["labels"]
         self.max_length: int = parts.manifest["max_length"]
-        self._open_tokenizer(parts)
         self._threads = threads or _cores()
         # Threads start when they are first needed.
         self._pool = ThreadPoolExecutor(self._threads, "distill")
-        self.provider = _choose_provider(provider, files)
+        chosen = choose_provider(provider, details["files"])
         try:
-            self._open_session(parts, file)
+            self._engine = Engine(parts, chosen, file)
         except DistillError as error:
-            if provider != "auto" or self.provider == "cpu":
+            if provider != "auto" or chosen == "cpu":
                 raise
             logger.warning("%s; using the CPU", error)
-            self.provider = "cpu"
-            self._open_session(parts, file)
+            self._engine = Engine(parts, "cpu", file)
+        self.provider, self.file = self._engine.provider, self._engine.file
         fitted: dict[str, float] = details.get("temperature", {})
         self.temperature = fitted.get(self.file, 1.0) if calibrated else 1.0
         if provider == "auto":
             logger.info("%s: %s on %s", parts.place, self.file, self.provider)
 
-    def _open_tokenizer(self, parts: Bundle) -> None:
-        content, settings = parts.read(TOKENIZER), parts.read(TOKENIZER_SETTINGS)
-        if content is None:
-            raise DistillError(f"{parts.place / TOKENIZER}: missing from the bundle; export it again")
-        self._tokenizer = Tokenizer.from_buffer(content)
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(self.max_length)
-        padding = json.loads(settings).get("pad_token") if settings else None
-        padding = padding["content"] if isinstance(padding, dict) else padding
-        self._padding = self._tokenizer.token_to_id(padding or "") or 0
-
-    def _open_session(self, parts: Bundle, file: str | None) -> None:
-        files = parts.manifest["details"]["files"]
-        self.file: str = file or files.get(self.provider) or files.get("fp32", "")
-        model = parts.model(self.file)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        name = PROVIDERS[self.provider]
-        try:
-            session = onnxruntime.InferenceSession(
-                model, options, providers=[name], disabled_optimizers=SLOW_FUSIONS[self.provider]
-            )
-        except Exception as error:  # onnxruntime's own kinds share no base class but Exception
-            raise DistillError(
-                f"{parts.place / self.file}: onnxruntime cannot open it: {str(error).splitlines()[0]}; "
-                "export it again"
-            ) from error
-        if session.get_providers()[0] != name:
-            raise DistillError(f"provider {self.provider!r}: fell back to {session.get_providers()[0]}; "
-                               "check that its CUDA and cuDNN libraries are installed")  # fmt: skip
-        self._session = session
-        self._inputs = [node.name for node in session.get_inputs()]
-
     def logits(self, text: Text) -> NDArray[np.float32]:
         """Logits of one text (or pair of texts), shape (classes,)."""
-        encoding = self._tokenizer.encode(*text) if isinstance(text, tuple) else self._tokenizer.encode(text)
-        columns = {
-            "input_ids": encoding.ids,
-            "attention_mask": encoding.attention_mask,
-            "token_type_ids": encoding.type_ids,
-        }
-        if not encoding.ids:  # the empty text, where a tokenizer adds nothing at the ends
-            columns = {"input_ids": [self._padding], "attention_mask": [1], "token_type_ids": [0]}
-        feeds = {name: np.array([columns[name]], dtype=np.int64) for name in self._inputs}
-        return np.asarray(self._session.run(None, feeds)[0][0], dtype=np.float32)
+        return self._engine.logits(text)
+
+    def outputs(self, text: Text) -> list[NDArray[Any]]:
+        """All outputs of the graph for one text, as a batch of one; the first are the logits."""
+        return self._engine.outputs(text)
 
     def stream_logits(self, texts: Iterable[Text]) -> Iterator[NDArray[np.float32]]:
         """Logits of each text in order; takes in only as many texts ahead as keeps the threads busy."""
+        if self.provider == "cuda":
+            texts = iter(texts)
+            while batch := list(islice(texts, STREAM_BATCH)):
+                yield from self._engine.batched_logits(_checked(batch))
+            return
         if self._threads == 1:
             yield from map(self.logits, texts)
             return
@@ -173,6 +120,8 @@ class Classifier:
     def predict_logits(self, texts: Iterable[Text]) -> NDArray[np.float32]:
         """Logits, shape (n, classes)."""
         texts = _checked(texts)
+        if self.provider == "cuda" and texts:
+            return self._engine.batched_logits(texts)
         logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
         # The longest first, so that no thread is left alone with a long text at the end.
         waiting = deque(sorted(range(len(texts)), key=lambda index: -_characters(texts[index])))

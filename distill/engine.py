@@ -1,0 +1,179 @@
+"""A bundle's tokenizer and ONNX session on one provider: texts in, logits out."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from distill.bundle import TOKENIZER, TOKENIZER_SETTINGS, Bundle
+from distill.errors import DistillError
+
+logger = logging.getLogger(__name__)
+Text = str | tuple[str, str]
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# On a CPU the fused kernel takes four times as long as the Add and the LayerNormalization it replaces.
+SLOW_FUSIONS = {"cpu": ["SkipLayerNormFusion"], "cuda": []}
+BATCH_TOKENS = 16_384  # padded, in a batch on a GPU
+PADDED_TO = 8  # lengths that suit tensor cores
+
+
+def choose_provider(wanted: str, files: dict[str, str]) -> str:
+    """Return "cpu" or "cuda".
+
+    Args:
+        wanted: one of them, or "auto": CUDA where this onnxruntime has it.
+        files: of the bundle, by provider.
+
+    Raises:
+        DistillError: if this onnxruntime lacks the wanted one.
+    """
+    if wanted not in ("auto", *PROVIDERS):
+        raise DistillError(f"provider {wanted!r}: unknown; use auto, cpu or cuda")
+    available = onnxruntime.get_available_providers()
+    if wanted == "auto":
+        return "cuda" if "cuda" in files and PROVIDERS["cuda"] in available else "cpu"
+    if PROVIDERS[wanted] not in available:
+        raise DistillError(f"provider {wanted!r}: this onnxruntime has only {', '.join(available)}; "
+                           "install onnxruntime-gpu in place of onnxruntime")  # fmt: skip
+    return wanted
+
+
+class Engine:
+    """One model of a bundle, open on one provider.
+
+    Attributes:
+        file: the ONNX file.
+        provider: "cpu" or "cuda".
+    """
+
+    def __init__(self, parts: Bundle, provider: str, file: str | None = None) -> None:
+        """Open a model.
+
+        Args:
+            parts: of the bundle.
+            provider: "cpu" or "cuda".
+            file: in place of the provider's.
+
+        Raises:
+            DistillError: if a part is missing or damaged, or the provider would not really be used.
+        """
+        files: dict[str, str] = parts.manifest["details"]["files"]
+        self.provider = provider
+        self.file: str = file or files.get(provider) or files.get("fp32", "")
+        self._tokenizer, self._padding = _open_tokenizer(parts)
+        self._session = _open_session(parts, self.file, provider)
+        self._inputs = [node.name for node in self._session.get_inputs()]
+        self._output = self._session.get_outputs()[0].name
+
+    def outputs(self, text: Text) -> list[NDArray[Any]]:
+        """All outputs of the graph for one text, as a batch of one; the first are the logits."""
+        encoding = self._tokenizer.encode(*text) if isinstance(text, tuple) else self._tokenizer.encode(text)
+        columns = {
+            "input_ids": encoding.ids,
+            "attention_mask": encoding.attention_mask,
+            "token_type_ids": encoding.type_ids,
+        }
+        if not encoding.ids:  # the empty text, where a tokenizer adds nothing at the ends
+            columns = {"input_ids": [self._padding], "attention_mask": [1], "token_type_ids": [0]}
+        feeds = {name: np.array([columns[name]], dtype=np.int64) for name in self._inputs}
+        outputs: list[NDArray[Any]] = self._session.run(None, feeds)
+        return outputs
+
+    def logits(self, text: Text) -> NDArray[np.float32]:
+        """Logits of one text, shape (classes,)."""
+        return np.asarray(self.outputs(text)[0][0], dtype=np.float32)
+
+    def batched_logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
+        """Logits of n > 0 texts, shape (n, classes), in batches of similar length, the longest first.
+
+        Inputs and outputs are bound to the provider's device, so that one copy goes there and one comes back.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts))
+        lengths = np.array([len(encoding.ids) for encoding in encodings], dtype=np.int64)
+        found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+        for rows in _batches(lengths):
+            binding = self._session.io_binding()
+            for name, values in self._padded([encodings[row] for row in rows]).items():
+                if name in self._inputs:
+                    value = onnxruntime.OrtValue.ortvalue_from_numpy(values, self.provider, 0)
+                    binding.bind_ortvalue_input(name, value)
+            binding.bind_output(self._output, self.provider)
+            self._session.run_with_iobinding(binding)
+            found.append((rows, np.asarray(binding.copy_outputs_to_cpu()[0], dtype=np.float32)))
+        logits = np.empty((len(texts), found[0][1].shape[1]), dtype=np.float32)
+        for rows, part in found:
+            logits[rows] = part
+        return logits
+
+    def _padded(self, encodings: Sequence[Encoding]) -> dict[str, NDArray[np.int64]]:
+        longest = max(1, *(len(encoding.ids) for encoding in encodings))
+        shape = (len(encodings), -(-longest // PADDED_TO) * PADDED_TO)
+        columns = {
+            "input_ids": np.full(shape, self._padding, dtype=np.int64),
+            "attention_mask": np.zeros(shape, dtype=np.int64),
+            "token_type_ids": np.zeros(shape, dtype=np.int64),
+        }
+        for row, encoding in enumerate(encodings):
+            length = len(encoding.ids)
+            columns["input_ids"][row, :length] = encoding.ids
+            columns["attention_mask"][row, : max(1, length)] = 1
+            columns["token_type_ids"][row, :length] = encoding.type_ids
+        return columns
+
+
+def _batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Rows of each batch; none holds more than `BATCH_TOKENS`, padding counted, unless one text does."""
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        longest = -(-max(1, int(lengths[order[start]])) // PADDED_TO) * PADDED_TO
+        rows = order[start : start + max(1, BATCH_TOKENS // longest)]
+        yield rows
+        start += len(rows)
+
+
+def _open_tokenizer(parts: Bundle) -> tuple[Tokenizer, int]:
+    """The tokenizer, without padding, and the id of its padding token."""
+    content, settings = parts.read(TOKENIZER), parts.read(TOKENIZER_SETTINGS)
+    if content is None:
+        raise DistillError(f"{parts.place / TOKENIZER}: missing from the bundle; export it again")
+    tokenizer = Tokenizer.from_buffer(content)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(parts.manifest["max_length"])
+    padding = json.loads(settings).get("pad_token") if settings else None
+    padding = padding["content"] if isinstance(padding, dict) else padding
+    return tokenizer, tokenizer.token_to_id(padding or "") or 0
+
+
+def _open_session(parts: Bundle, file: str, provider: str) -> Any:
+    files = parts.manifest["details"]["files"]
+    if provider == "cuda" and file == files.get("cpu") != files.get("fp32"):
+        raise DistillError(
+            f"provider 'cuda': {parts.place / file} is INT8 for the CPU, which CUDA has no kernels for; use "
+            f"{files.get('cuda')}, or `distill export --provider cuda`"
+        )
+    model = parts.model(file)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    name = PROVIDERS[provider]
+    if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA and cuDNN that came with PyTorch or from PyPI
+    try:
+        session = onnxruntime.InferenceSession(
+            model, options, providers=[name], disabled_optimizers=SLOW_FUSIONS[provider]
+        )
+    except Exception as error:  # onnxruntime's own kinds share no base class but Exception
+        raise DistillError(
+            f"{parts.place / file}: onnxruntime cannot open it: {str(error).splitlines()[0]}; export it again"
+        ) from error
+    if session.get_providers()[0] != name:
+        raise DistillError(f"provider {provider!r}: fell back to {session.get_providers()[0]}; "
+                           "check that its CUDA and cuDNN libraries are installed")  # fmt: skip
+    return session

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+from conftest import make_rows
+
+from distill import Classifier, engine
+from distill.bundle import open_bundle
+from distill.engine import Engine
+
+TEXTS = [text for text, _ in make_rows(40, seed=4)] + ["", "lovely", ("a phone", "a bad one")]
+
+
+@pytest.fixture(scope="module")
+def fp32(chain):
+    return Engine(open_bundle(chain.export), "cpu", "onnx/model.onnx")
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 16_384])
+def test_batches_answer_as_single_texts_do_in_their_order(fp32, monkeypatch, tokens):
+    monkeypatch.setattr(engine, "BATCH_TOKENS", tokens)
+    expected = np.stack([fp32.logits(text) for text in TEXTS])
+    np.testing.assert_allclose(fp32.batched_logits(TEXTS), expected, atol=1e-5)
+
+
+def test_batches_hold_the_budget_with_padding_counted_and_each_row_once(monkeypatch):
+    monkeypatch.setattr(engine, "BATCH_TOKENS", 100)
+    lengths = np.array([3, 50, 9, 200, 0, 8, 8, 31, 17])
+    batches = list(engine._batches(lengths))
+    assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+    for rows in batches:
+        padded = -(-max(1, lengths[rows].max()) // 8) * 8 * len(rows)
+        assert padded <= 100 or len(rows) == 1
+    assert [len(rows) for rows in batches] == [1, 1, 3, 4]
+
+
+def test_a_classifier_on_cuda_runs_lists_and_streams_in_batches(chain, monkeypatch):
+    classifier = Classifier(chain.export, file="onnx/model.onnx")
+    expected = classifier.predict_logits(TEXTS)
+    monkeypatch.setattr(classifier, "provider", "cuda")
+    monkeypatch.setattr("distill.runtime.STREAM_BATCH", 7)
+    sizes = []
+    run = classifier._engine.batched_logits
+    monkeypatch.setattr(
+        classifier._engine, "batched_logits", lambda texts: sizes.append(len(texts)) or run(texts)
+    )
+    np.testing.assert_allclose(classifier.predict_logits(TEXTS), expected, atol=1e-5)
+    np.testing.assert_allclose(list(classifier.stream_logits(iter(TEXTS))), expected, atol=1e-5)
+    assert sizes == [43, 7, 7, 7, 7, 7, 7, 1]
+    assert classifier.predict([]) == []
