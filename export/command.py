@@ -15,12 +15,19 @@ from distill.options import output_options, show_stage
     default=Path("runs/student"),
     help="Folder of train-student.",
 )
-@click.option("--int8", is_flag=True, help="Add an INT8 file for the CPU provider.")
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda"]),
+    multiple=True,
+    default=("cpu",),
+    help="What to optimise for; give it twice for both.",
+)
+@click.option("--int8", is_flag=True, help="Add an INT8 file for each provider.")
 @click.option(
     "--max-drop",
     type=click.FloatRange(min=0),
     default=1.0,
-    help="Points of validation macro-F1 that INT8 may lose.",
+    help="Points of validation macro-F1 that INT8, or FP16, may lose.",
 )
 @click.option(
     "--single-file", is_flag=True, help="Add classifier.onnx, one file that holds the whole bundle."

@@ -58,12 +58,13 @@ def shorten(model: Path, shortened: Path) -> bool:
     return found
 
 
-def fuse(model: Path, fused: Path, config: Any) -> bool:
-    """Write `model` with attention and GELU fused for the CPU; False where ONNX Runtime knows no fusion.
+def fuse(model: Path, fused: Path, config: Any, provider: str = "cpu") -> bool:
+    """Write `model` with attention and GELU fused; False where ONNX Runtime knows no fusion.
 
+    For CUDA all is fused, and padding is known by the text's length (it stands on the right). For the CPU,
     LayerNormalization stays apart from the addition before it and from the embedding, and GELU from its bias:
-    on a CPU the kernels that fuse them are slower than the plain ones. Attention takes the mask as it is; its
-    shorter form, a length, is wrong for padding on the left.
+    the kernels that fuse them are slower there than the plain ones; and attention takes the mask as it is,
+    which is right for padding on either side.
     """
     from onnxruntime.transformers.fusion_options import AttentionMaskFormat, FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
@@ -80,11 +81,13 @@ def fuse(model: Path, fused: Path, config: Any) -> bool:
     if kind is None:
         return False
     options = FusionOptions(kind)
-    options.enable_skip_layer_norm = False
-    options.enable_bias_skip_layer_norm = False
-    options.enable_embed_layer_norm = False
-    options.enable_bias_gelu = False
-    options.attention_mask_format = AttentionMaskFormat.AttentionMask
+    options.attention_mask_format = AttentionMaskFormat.MaskIndexEnd
+    if provider == "cpu":
+        options.enable_skip_layer_norm = False
+        options.enable_bias_skip_layer_norm = False
+        options.enable_embed_layer_norm = False
+        options.enable_bias_gelu = False
+        options.attention_mask_format = AttentionMaskFormat.AttentionMask
     try:
         with _quiet():
             optimized = optimize_model(

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 # Operators of which a row of the output depends on that row of the inputs alone, whatever their rank.
 ROWWISE = {
     "Add", "BiasGelu", "Cast", "Div", "Erf", "FastGelu", "Gelu", "Identity", "LayerNormalization", "MatMul",
-    "Mul", "Pow", "QuickGelu", "ReduceMean", "Relu", "Sigmoid", "Sqrt", "Sub", "Sum", "Tanh",
+    "Mul", "Pow", "QuickGelu", "ReduceMean", "Relu", "Sigmoid", "SkipLayerNormalization", "Sqrt", "Sub",
+    "Sum", "Tanh",
 }  # fmt: skip
 SUFFIX = "_first_token"
 
@@ -27,7 +28,7 @@ def keep_first_token(model: onnx.ModelProto) -> bool:
     Args:
         model: a classifier's fp32 graph, changed in place.
     """
-    graph = _Graph(model.graph)
+    graph = Graph(model.graph)
     for pooling in model.graph.node:
         if graph.takes_first_token(pooling):
             moved, sources = graph.rowwise_above(pooling)
@@ -46,7 +47,7 @@ def attend_from_first_token(model: onnx.ModelProto) -> bool:
     Args:
         model: a graph that went through `keep_first_token`, changed in place.
     """
-    graph = _Graph(model.graph)
+    graph = Graph(model.graph)
     for pooling in model.graph.node:
         attention = graph.producer.get(pooling.input[0]) if pooling.input else None
         if (
@@ -60,7 +61,7 @@ def attend_from_first_token(model: onnx.ModelProto) -> bool:
     return False
 
 
-class _Graph:
+class Graph:
     """Who makes and who reads each tensor of a graph, and the values of constants."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
@@ -80,21 +81,23 @@ class _Graph:
             self.readers[output.name].append(id(graph))
 
     def takes_first_token(self, node: onnx.NodeProto) -> bool:
-        if node.op_type != "Gather" or _attributes(node).get("axis") != 1:
+        """Whether it is a Gather of the first token."""
+        if node.op_type != "Gather" or attributes(node).get("axis") != 1:
             return False
         index = self.values.get(node.input[1])
         return index is not None and index.shape == () and index == 0
 
     def is_rowwise(self, node: onnx.NodeProto | None) -> bool:
+        """Whether each row of its output depends on that row of its inputs alone."""
         if node is None or node.op_type not in ROWWISE:
             return False
         constants = [self.values.get(name) for name in node.input]
-        attributes = _attributes(node)
+        given = attributes(node)
         if node.op_type == "LayerNormalization":
-            return attributes.get("axis", -1) == -1
+            return given.get("axis", -1) == -1
         if node.op_type == "ReduceMean":
-            axes = constants[1] if len(constants) > 1 else attributes.get("axes")
-            return axes is not None and list(axes) == [-1] and attributes.get("keepdims", 1) == 1
+            axes = constants[1] if len(constants) > 1 else given.get("axes")
+            return axes is not None and list(axes) == [-1] and given.get("keepdims", 1) == 1
         if node.op_type == "MatMul":
             return constants[0] is None and constants[1] is not None and constants[1].ndim == 2
         return all(constant is None or constant.ndim <= 1 for constant in constants)
@@ -105,7 +108,7 @@ class _Graph:
         return (
             node.op_type == "Attention"
             and node.domain == "com.microsoft"
-            and not set(_attributes(node)) - known
+            and not set(attributes(node)) - known
             and not any(node.input[4:])
             and all(name in self.values for name in node.input[1:3])
             and self.values[node.input[1]].shape[1] % 3 == 0
@@ -129,7 +132,8 @@ class _Graph:
         return moved, sources | pending
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """A node's attributes by name."""
     return {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
 
 
@@ -182,7 +186,7 @@ def _split_attention(
     nodes += [
         onnx.helper.make_node("Unsqueeze", [parts["query"], axis], [f"{name}_query_row"]),
         onnx.helper.make_node(
-            "MultiHeadAttention", inputs, [f"{name}_row"], domain="com.microsoft", **_attributes(attention)
+            "MultiHeadAttention", inputs, [f"{name}_row"], domain="com.microsoft", **attributes(attention)
         ),
         onnx.helper.make_node("Squeeze", [f"{name}_row", axis], [pooling.output[0]]),
     ]

@@ -1,15 +1,22 @@
-"""INT8 for the CPU provider: several settings are tried, the fastest that keeps accuracy is kept."""
+"""INT8 for the CPU provider: the settings to try, and which of them to keep."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import onnx
+from distill.export.smoothing import replace_nodes
+from onnx import TensorProto, helper, numpy_helper
 
 from distill.errors import DistillError
 from distill.latency import cpu_has_vnni
 
 logger = logging.getLogger(__name__)
+MIN_ROWS = 1000  # of an embedding table worth quantizing
+ABOUT_AS_FAST = 1.1  # a tenth of the time is not worth a multiple of the error
 
 
 @dataclass(frozen=True)
@@ -22,10 +29,12 @@ class Setting:
     reduce_range: bool = False
     attention: bool = False
     """Quantize the products of activations in attention too, not only those with constant weights."""
+    smooth: bool = False
+    """Divide the outlier channels of activations first, and multiply the weights by as much."""
 
     def __str__(self) -> str:
         parts = [self.weight_type, "per channel" if self.per_channel else "per tensor"]
-        parts += [name for name in ("fused", "reduce_range", "attention") if getattr(self, name)]
+        parts += [name for name in ("fused", "reduce_range", "attention", "smooth") if getattr(self, name)]
         return ", ".join(parts)
 
 
@@ -41,6 +50,7 @@ def settings(fusion: bool, vnni: bool | None = None) -> list[Setting]:
         for reduce_range in (False,) if vnni else (True, False):
             found += [
                 Setting(fused, True, "QInt8", reduce_range),
+                Setting(fused, True, "QInt8", reduce_range, smooth=True),
                 Setting(fused, False, "QInt8", reduce_range),
                 Setting(fused, False, "QUInt8", reduce_range),
             ]
@@ -49,8 +59,7 @@ def settings(fusion: bool, vnni: bool | None = None) -> list[Setting]:
 
 
 def quantize(model: Path, target: Path, setting: Setting) -> None:
-    """Write `model` with dynamic INT8: matrix products and the embedding table (Gather)."""
-    import onnx
+    """Write `model` with dynamic INT8 matrix products, and INT8 embedding tables."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     logging.disable(logging.WARNING)
@@ -58,7 +67,7 @@ def quantize(model: Path, target: Path, setting: Setting) -> None:
         quantize_dynamic(
             model,
             target,
-            op_types_to_quantize=["MatMul", "Gemm", "Gather", "Attention", "EmbedLayerNormalization"],
+            op_types_to_quantize=["MatMul", "Gemm", "Attention"],
             per_channel=setting.per_channel,
             reduce_range=setting.reduce_range,
             weight_type=QuantType[setting.weight_type],
@@ -70,33 +79,60 @@ def quantize(model: Path, target: Path, setting: Setting) -> None:
         )
     finally:
         logging.disable(logging.NOTSET)
-    _keep_layer_norm_apart(target)
+    quantized = onnx.load(target)
+    _quantize_tables(quantized)
+    _keep_layer_norm_apart(quantized)
+    onnx.save(quantized, target)
 
 
-def _keep_layer_norm_apart(path: Path) -> None:
+def _quantize_tables(model: onnx.ModelProto) -> None:
+    """Store embedding tables in INT8 with a scale for every row, which is four times as exact as one for all.
+
+    Short tables (positions, token types) stay as they are: they take little room, and their lookup is faster.
+    """
+    constants = {entry.name: entry for entry in model.graph.initializer}
+    nodes: list[Any] = []
+    tables: dict[str, Any] = {}
+    for node in model.graph.node:
+        table = constants.get(node.input[0]) if node.op_type == "Gather" else None
+        if table is None or table.data_type != TensorProto.FLOAT or table.dims[0] < MIN_ROWS:
+            nodes.append(node)
+            continue
+        name, ids, found = table.name, node.input[1], node.output[0]
+        values = numpy_helper.to_array(table)
+        scales = np.maximum(np.abs(values).max(axis=1, keepdims=True), 1e-12) / 127
+        tables[f"{name}_int8"] = np.rint(values / scales).astype(np.int8)
+        tables[f"{name}_scale"] = scales.astype(np.float32)
+        nodes += [
+            helper.make_node("Gather", [f"{name}_int8", ids], [f"{found}_int8"]),
+            helper.make_node("Gather", [f"{name}_scale", ids], [f"{found}_scale"]),
+            helper.make_node("Cast", [f"{found}_int8"], [f"{found}_steps"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [f"{found}_steps", f"{found}_scale"], [found]),
+        ]
+    replace_nodes(model.graph, nodes, tables)
+
+
+def _keep_layer_norm_apart(model: onnx.ModelProto) -> None:
     """Let no runtime fuse LayerNormalization with the addition before it.
 
     ONNX Runtime's fused CPU kernel is slower than the two plain ones, and it rounds differently, which
     dynamic quantization then magnifies. Its fusion looks for Add, so the addition is spelt as a Sum of two.
     Optimum and transformers, which open the file with every fusion on, then compute what `Classifier` does.
     """
-    import onnx
-
-    model = onnx.load(path)
     normalized = {node.input[0] for node in model.graph.node if node.op_type == "LayerNormalization"}
     for node in model.graph.node:
         if node.op_type == "Add" and node.output[0] in normalized:
             node.op_type = "Sum"
-    onnx.save(model, path)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a setting gave: median milliseconds, validation macro-F1, bytes, or why it failed."""
+    """What a setting gave: median milliseconds, agreement on validation text, bytes, or why it failed."""
 
     setting: Setting
     latency_ms: float = float("inf")
     macro_f1: float | None = None
+    mean_logit_difference: float | None = None
     size: int = 0
     error: str = ""
 
@@ -106,47 +142,45 @@ class Trial:
 
 
 def choose(
-    candidates: dict[Setting, Path],
-    latency_of: Callable[[dict[Setting, Path]], dict[Setting, float]],
-    macro_f1_of: Callable[[Path], float],
+    candidates: Mapping[Setting, Path],
+    latencies: Mapping[Setting, float],
+    scores_of: Callable[[Path], tuple[float, float]],
     reference: float,
     max_drop: float,
 ) -> tuple[Setting, list[Trial]]:
-    """Keep the fastest setting whose validation macro-F1 is at most `max_drop` points below the reference.
+    """Keep the setting nearest to fp32 of those that hold `max_drop` and are about as fast as the fastest.
 
     Args:
         candidates: setting -> quantized file.
-        latency_of: measures all candidates side by side, in milliseconds.
-        macro_f1_of: scores a file on validation, 0 to 1.
+        latencies: of each, in milliseconds.
+        scores_of: a file's macro-F1 on validation, 0 to 1, and its mean difference from the fp32 logits.
         reference: macro-F1 of the fp32 graph on validation, 0 to 1.
         max_drop: in points of macro-F1 (hundredths).
 
     Returns:
-        The chosen setting and every trial, fastest first. Settings slower than the chosen one are not scored.
+        The chosen setting and every trial, fastest first. Those too slow to be chosen are not scored.
 
     Raises:
         DistillError: if no setting keeps accuracy; it says how far the best one falls short.
     """
-    latencies = latency_of(candidates)
     trials = []
-    chosen: Setting | None = None
+    held: list[Trial] = []
     for setting in sorted(candidates, key=latencies.__getitem__):
-        path = candidates[setting]
-        scored = None
-        if chosen is None:
-            scored = macro_f1_of(path)
-            drop = 100 * (reference - scored)
-            logger.info(
-                "INT8 (%s): %.2f ms, macro-F1 %.4f (%+.2f points)", setting, latencies[setting], scored, -drop
-            )
+        trial = Trial(setting, latencies[setting], size=candidates[setting].stat().st_size)
+        if not held or trial.latency_ms <= held[0].latency_ms * ABOUT_AS_FAST:
+            macro_f1, difference = scores_of(candidates[setting])
+            trial = replace(trial, macro_f1=macro_f1, mean_logit_difference=difference)
+            drop = 100 * (reference - macro_f1)
+            logger.info("INT8 (%s): %.2f ms, macro-F1 %.4f (%+.2f points), logits off by %.3f on average",
+                        setting, trial.latency_ms, macro_f1, -drop, difference)  # fmt: skip
             if drop <= max_drop:
-                chosen = setting
-        trials.append(Trial(setting, latencies[setting], scored, path.stat().st_size))
-    if chosen is None:
+                held.append(trial)
+        trials.append(trial)
+    if not held:
         best = max(trial.macro_f1 or 0.0 for trial in trials)
         raise DistillError(
             f"--max-drop {max_drop:g}: no INT8 setting of {len(trials)} keeps it; the best loses "
             f"{100 * (reference - best):.2f} points of validation macro-F1 ({reference:.4f} to {best:.4f}); "
             "allow that much, or train the student longer"
         )
-    return chosen, trials
+    return min(held, key=lambda trial: trial.mean_logit_difference or 0.0).setting, trials

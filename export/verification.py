@@ -16,6 +16,7 @@ class Parity:
 
     texts: int
     max_logit_difference: float
+    mean_logit_difference: float
     label_agreement: float
 
     def __str__(self) -> str:
@@ -30,6 +31,7 @@ def compare(reference: NDArray[np.float32], other: NDArray[np.float32]) -> Parit
     return Parity(
         texts=len(reference),
         max_logit_difference=float(np.abs(reference - other).max()),
+        mean_logit_difference=float(np.abs(reference - other).mean()),
         label_agreement=float((reference.argmax(1) == other.argmax(1)).mean()),
     )
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from distill.export import bundle
 from distill.export.bundle import ExportOptions
+from distill.export.draft import Draft
 from distill.export.verification import compare, require_parity
 
 from distill import Classifier, export_student
@@ -57,13 +58,13 @@ def test_without_int8_the_cpu_gets_the_fp32_file(chain, tmp_path):
 
 def test_an_export_that_loses_too_much_fails_and_leaves_nothing(chain, tmp_path, monkeypatch):
     scores = iter([0.9] + [0.5] * 50)
-    monkeypatch.setattr(bundle._Draft, "macro_f1", lambda self, logits, split: next(scores))
+    monkeypatch.setattr(Draft, "macro_f1", lambda self, logits, split: next(scores))
     with pytest.raises(DistillError, match=r"loses 40\.00 points"):
         export_student(ExportOptions(student=chain.student, output=tmp_path / "b", int8=True))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["export_fp32", "_quantized", "write_predictions"])
+@pytest.mark.parametrize("step", ["export_fp32", "write_int8", "write_predictions"])
 def test_an_interrupted_export_leaves_nothing(chain, tmp_path, monkeypatch, step):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -1,12 +1,12 @@
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 import transformers
-from conftest import make_configs, make_tokenizer
-from distill.export.onnx import export_fp32, fuse, shorten
+from conftest import make_configs
+from distill.export.onnx import fuse, shorten
 from distill.export.pooling import SUFFIX, keep_first_token
+from export.graphs import RIGHT, export_tiny, run_graph
 
 FIRST_TOKEN = make_configs(layers=2)
 MODERN = FIRST_TOKEN.pop("modernbert")
@@ -17,23 +17,11 @@ OTHERS = {
         vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=40, num_labels=3, pad_token_id=0
     ),
 }
-LEFT, RIGHT = [0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0, 0]
-
-
-def _export(config, folder):
-    torch.manual_seed(0)
-    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    for weight in model.parameters():  # vectors too, which start as ones and zeros
-        torch.nn.init.normal_(weight, std=0.3)
-    model.save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    return export_fp32(folder / "model", folder / "onnx"), model
+LEFT = [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
 
 
 def _logits(path, ids, mask):
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-    return session.run(None, {node.name: given[node.name] for node in session.get_inputs()})[0]
+    return run_graph(path, ids, mask)[0]
 
 
 def _matrix_rows(path):
@@ -48,7 +36,7 @@ def _matrix_rows(path):
 
 @pytest.mark.parametrize("name", FIRST_TOKEN)
 def test_the_last_layer_runs_on_the_first_token_with_the_same_logits(name, tmp_path):
-    exported, model = _export(FIRST_TOKEN[name], tmp_path)
+    exported, model = export_tiny(FIRST_TOKEN[name], tmp_path)
     assert shorten(exported, tmp_path / "short.onnx")
     onnx.checker.check_model(tmp_path / "short.onnx", full_check=True)
     ids = np.arange(5, 25).reshape(2, 10)
@@ -65,7 +53,7 @@ def test_the_last_layer_runs_on_the_first_token_with_the_same_logits(name, tmp_p
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 @pytest.mark.parametrize("mask", [LEFT, RIGHT])
 def test_fused_attention_keeps_its_mask_on_either_side(name, mask, tmp_path):
-    exported, _ = _export(FIRST_TOKEN[name], tmp_path)
+    exported, _ = export_tiny(FIRST_TOKEN[name], tmp_path)
     assert fuse(exported, tmp_path / "fused.onnx", FIRST_TOKEN[name])
     assert shorten(tmp_path / "fused.onnx", tmp_path / "fused.onnx")
     nodes = onnx.load(tmp_path / "fused.onnx").graph.node
@@ -81,14 +69,14 @@ def test_fused_attention_keeps_its_mask_on_either_side(name, mask, tmp_path):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_classifier_that_pools_otherwise_is_left_as_it_is(name, tmp_path):
-    exported, _ = _export(OTHERS[name], tmp_path)
+    exported, _ = export_tiny(OTHERS[name], tmp_path)
     model = onnx.load(exported)
     assert not keep_first_token(model)
     assert model == onnx.load(exported)
 
 
 def test_a_hidden_state_that_is_an_output_too_stays_whole(tmp_path):
-    exported, _ = _export(FIRST_TOKEN["bert"], tmp_path)
+    exported, _ = export_tiny(FIRST_TOKEN["bert"], tmp_path)
     model = onnx.load(exported)
     pooling = next(n for n in model.graph.node if n.op_type == "Gather" and "pooler" in n.name)
     model.graph.output.append(

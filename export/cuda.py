@@ -1,0 +1,113 @@
+"""The bundle's files for the CUDA provider: which are written, how they are checked, which one is taken."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from distill.export.cuda_graphs import quantize_static, quantize_weights, separate_attention, to_fp16
+from distill.export.draft import Draft
+from distill.export.onnx import fuse, shorten
+from distill.export.placement import require_cuda
+from distill.export.smoothing import channel_ranges
+from distill.export.verification import compare
+from numpy.typing import NDArray
+
+from distill.engine import PROVIDERS
+from distill.errors import DistillError
+
+logger = logging.getLogger(__name__)
+FP16 = "onnx/model_fp16.onnx"
+INT8_CUDA = "onnx/model_int8_cuda.onnx"
+
+
+def write_cuda(
+    draft: Draft, exported: Path, config: Any, int8: bool, reference: NDArray[np.float32], max_drop: float
+) -> dict[str, Any]:
+    """Write FP16, and INT8 on request, and take the fastest where there is a GPU to measure on, else FP16.
+
+    Every node is held against the CUDA provider's kernels; the numbers are checked on validation text on the
+    CPU provider, which computes FP16 in fp32 between the roundings.
+
+    Args:
+        draft: the bundle; its fp32 file is in place.
+        exported: the fp32 graph as Optimum wrote it.
+        config: of the student's architecture.
+        int8: write an INT8 file too.
+        reference: fp32 logits on validation text, shape (n, classes).
+        max_drop: points of validation macro-F1 that a file may lose.
+
+    Returns:
+        What the manifest keeps: "file" (the one that CUDA gets) and each file's figures.
+
+    Raises:
+        DistillError: if a node would run on the CPU, or a file loses more than `max_drop`.
+    """
+    fused = draft.folder / "onnx" / "fused.onnx"
+    if fuse(exported, fused, config, provider="cuda"):
+        shorten(fused, fused)
+    else:
+        fused.write_bytes((draft.folder / "onnx" / "model.onnx").read_bytes())
+    graph = onnx.load(fused)
+    fused.unlink()
+    onnx.save(to_fp16(graph), draft.folder / FP16)
+    found: dict[str, Any] = {"fp16": _checked(draft, FP16, reference)}
+    _require_accuracy(found["fp16"], FP16, draft.macro_f1(reference, "validation"), max_drop)
+    if int8:
+        found["int8"] = _quantized(draft, graph, reference, max_drop)
+    files = [entry["file"] for entry in found.values()]
+    found["measured_ms"] = _latency(draft, files)
+    found["file"] = min(files, key=found["measured_ms"].__getitem__) if found["measured_ms"] else FP16
+    return found
+
+
+def _checked(draft: Draft, file: str, reference: NDArray[np.float32]) -> dict[str, Any]:
+    """Hold a file against the kernels and against fp32."""
+    require_cuda(onnx.load(draft.folder / file), file)
+    logits = draft.logits(file, "validation")
+    parity = compare(reference, logits)
+    logger.info("%s against fp32: %s", file, parity)
+    return {"file": file, **asdict(parity), "macro_f1": draft.macro_f1(logits, "validation")}
+
+
+def _require_accuracy(figures: dict[str, Any], file: str, reference: float, max_drop: float) -> None:
+    drop = 100 * (reference - figures["macro_f1"])
+    if not drop <= max_drop:
+        raise DistillError(
+            f"--max-drop {max_drop:g}: {file} loses {drop:.2f} points of validation macro-F1 "
+            f"({reference:.4f} to {figures['macro_f1']:.4f}); allow that much, or train the student longer"
+        )
+
+
+def _quantized(
+    draft: Draft, fused: onnx.ModelProto, reference: NDArray[np.float32], max_drop: float
+) -> dict[str, Any]:
+    """Leave the INT8 file: INT8 products, or INT8 weights alone where those would cost too much."""
+    separated = separate_attention(fused)
+    ranges = channel_ranges(draft, separated)
+    wanted = draft.macro_f1(reference, "validation")
+    trials = []
+    for form, model in (
+        ("static", lambda: quantize_static(separated, ranges)),
+        ("weights", lambda: quantize_weights(separated)),
+    ):
+        onnx.save(model(), draft.folder / INT8_CUDA)
+        trials.append({"form": form, **_checked(draft, INT8_CUDA, reference)})
+        if 100 * (wanted - trials[-1]["macro_f1"]) <= max_drop:
+            break
+    _require_accuracy(trials[-1], INT8_CUDA, wanted, max_drop)
+    return {**trials[-1], "trials": trials}
+
+
+def _latency(draft: Draft, files: list[str]) -> dict[str, float]:
+    """Median milliseconds of one text on the GPU; empty where there is none."""
+    if PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
+        return {}
+    try:
+        return draft.latency({file: file for file in files}, provider="cuda")
+    except DistillError as error:  # the package for GPUs on a machine without one
+        logger.warning("%s; the CUDA files are not measured", error)
+        return {}

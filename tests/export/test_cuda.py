@@ -1,0 +1,158 @@
+import numpy as np
+import onnx
+import pytest
+from conftest import make_configs
+from distill.export import cuda
+from distill.export.bundle import ExportOptions
+from distill.export.cuda_graphs import quantize_static, quantize_weights, separate_attention, to_fp16
+from distill.export.onnx import fuse, shorten
+from distill.export.placement import off_cuda
+from distill.export.smoothing import products
+from export.graphs import RIGHT, export_tiny, run_graph
+
+from distill import Classifier, export_student
+from distill.artifact import read_manifest
+from distill.errors import DistillError
+
+FAMILIES = make_configs(layers=2)
+IDS = np.arange(5, 25).reshape(2, 10)
+MASK = np.array([[1] * 10, RIGHT])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def fused(request, tmp_path_factory):
+    """A graph of each family as it is prepared for CUDA, with the logits of the plain one."""
+    folder = tmp_path_factory.mktemp("graphs")
+    config = FAMILIES[request.param]
+    exported, _ = export_tiny(config, folder)
+    path = folder / "fused.onnx"
+    if fuse(exported, path, config, provider="cuda"):
+        shorten(path, path)
+    else:
+        shorten(exported, path)
+    return onnx.load(path), run_graph(exported, IDS, MASK)[0], folder
+
+
+def _logits(model, folder):
+    onnx.save(model, folder / "form.onnx")
+    return run_graph(folder / "form.onnx", IDS, MASK)[0]
+
+
+def _ranges(model, folder):
+    """As `channel_ranges` gives them, over the texts of this test."""
+    names = list(dict.fromkeys(node.input[0] for node, _ in products(model)))
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(model)
+    exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    onnx.save(exposed, folder / "exposed.onnx")
+    found = [v.reshape(-1, v.shape[-1]) for v in run_graph(folder / "exposed.onnx", IDS, MASK)[1:]]
+    return {
+        name: np.stack([np.minimum(v.min(0), 0), np.maximum(v.max(0), 0)])
+        for name, v in zip(names, found, strict=True)
+    }
+
+
+def test_fp16_runs_on_cuda_alone_and_answers_as_fp32(fused):
+    model, expected, folder = fused
+    half = to_fp16(model)
+    assert off_cuda(half) == []
+    assert any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in half.graph.initializer)
+    logits = _logits(half, folder)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_int8_products_run_on_cuda_alone_and_answer_as_fp32(fused):
+    model, expected, folder = fused
+    separated = separate_attention(model)
+    quantized = quantize_static(separated, _ranges(separated, folder))
+    kinds = [node.op_type for node in quantized.graph.node]
+    assert off_cuda(quantized) == []
+    assert kinds.count("MatMulInteger") >= 8 and "Attention" not in kinds
+    np.testing.assert_allclose(_logits(quantized, folder), expected, atol=0.1 * np.abs(expected).max())
+
+
+def test_int8_weights_run_on_cuda_alone_and_answer_as_fp32(fused):
+    model, expected, folder = fused
+    quantized = quantize_weights(separate_attention(model))
+    assert off_cuda(quantized) == []
+    assert sum(node.op_type == "MatMulNBits" for node in quantized.graph.node) >= 6
+    np.testing.assert_allclose(_logits(quantized, folder), expected, atol=0.05 * np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def bundle(chain, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cuda") / "bundle"
+    options = ExportOptions(chain.student, output, provider=("cpu", "cuda"), int8=True, max_drop=100.0)
+    export_student(options)
+    return output
+
+
+def test_the_bundle_gets_both_files_and_fp16_is_the_one_for_cuda(bundle):
+    details = read_manifest(bundle, "export").details
+    assert details["files"] == {
+        "fp32": "onnx/model.onnx", "cpu": "onnx/model_quantized.onnx", "cuda": "onnx/model_fp16.onnx",
+    }  # fmt: skip
+    assert {path.name for path in (bundle / "onnx").iterdir()} == {
+        "model.onnx", "model_quantized.onnx", "model_fp16.onnx", "model_int8_cuda.onnx",
+    }  # fmt: skip
+    found = details["cuda"]
+    assert found["measured_ms"] == {}
+    assert found["fp16"]["label_agreement"] == 1.0 and found["int8"]["form"] == "static"
+    assert found["int8"]["agreement_with_cpu_int8"] >= 0.9
+    assert set(details["temperature"]) >= {"onnx/model_fp16.onnx", "onnx/model_int8_cuda.onnx"}
+
+
+def test_the_file_that_is_fastest_on_a_gpu_is_taken(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda, "_latency", lambda draft, files: dict(zip(files, (2.0, 1.0), strict=True)))
+    options = ExportOptions(chain.student, tmp_path / "b", provider=("cuda",), int8=True, max_drop=100.0)
+    details = export_student(options).details
+    assert details["files"]["cuda"] == "onnx/model_int8_cuda.onnx"
+    assert details["files"]["cpu"] == "onnx/model.onnx"
+
+
+def test_int8_weights_are_the_way_out_where_int8_products_lose_too_much(chain, tmp_path, monkeypatch):
+    def ruin(separated, ranges):
+        return quantize_static(separated, {name: found * 1e-3 for name, found in ranges.items()})
+
+    monkeypatch.setattr(cuda, "quantize_static", ruin)
+    options = ExportOptions(chain.student, tmp_path / "b", provider=("cuda",), int8=True)
+    found = export_student(options).details["cuda"]["int8"]
+    assert found["form"] == "weights"
+    assert [trial["form"] for trial in found["trials"]] == ["static", "weights"]
+
+
+def test_a_file_that_loses_too_much_is_refused(chain, tmp_path, monkeypatch):
+    def ruin(model):
+        copy = to_fp16(model)
+        for entry in copy.graph.initializer:
+            if entry.data_type == onnx.TensorProto.FLOAT16:
+                entry.raw_data = bytes(len(entry.raw_data))
+        return copy
+
+    monkeypatch.setattr(cuda, "to_fp16", ruin)
+    with pytest.raises(DistillError, match=r"model_fp16\.onnx loses \d+\.\d\d points of validation macro-F1"):
+        export_student(ExportOptions(chain.student, tmp_path / "b", provider=("cuda",)))
+    assert not (tmp_path / "b").exists()
+
+
+def test_cuda_is_never_given_the_int8_file_of_the_cpu(bundle, monkeypatch):
+    import onnxruntime
+
+    found = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)
+    with pytest.raises(DistillError, match=r"model_quantized\.onnx is INT8 for the CPU.*use onnx/model_fp16"):
+        Classifier(bundle, provider="cuda", file="onnx/model_quantized.onnx")
+
+
+def test_cuda_that_is_not_really_used_is_an_error_and_auto_says_so(bundle, monkeypatch, caplog):
+    import onnxruntime
+
+    found = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)
+    with pytest.raises(DistillError, match="CUDA"):  # the package for the CPU refuses or falls back
+        Classifier(bundle, provider="cuda")
+    caplog.set_level("INFO", logger="distill")
+    classifier = Classifier(bundle)
+    assert (classifier.provider, classifier.file) == ("cpu", "onnx/model_quantized.onnx")
+    assert "using the CPU" in caplog.text
