@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint benchmark install
+.PHONY: demo test lint benchmark embedding install
 
 demo: install
 	$(BIN)/distill demo --output demo
@@ -21,14 +21,20 @@ benchmark: install
 	$(BIN)/python benchmarks/int8_ceiling.py
 	$(BIN)/python benchmarks/explanations.py
 
+# ORT: an unpacked release of ONNX Runtime, for the C++ example; left out without it.
+embedding: install
+	cd examples/embedding/javascript && npm install --ignore-scripts --no-audit --no-fund
+	$(if $(ORT),$(MAKE) -C examples/embedding/cpp ORT=$(ORT))
+	$(BIN)/python benchmarks/embedding.py
+
 install: $(VENV)/.installed
 
 # A plain install (not editable), so that type checkers and imports see what a user's site-packages would hold.
-$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard distill/* teacher/* student/* export/* explain/* explain/templates/* examples/*)
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard distill/* teacher/* student/* export/* explain/* explain/templates/* examples/* examples/embedding/*.py)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	test -e $(VENV)/.dependencies -a $(VENV)/.dependencies -nt constraints.txt -a $(VENV)/.dependencies -nt pyproject.toml || \
 		{ $(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch && \
-		  $(BIN)/pip install --quiet --no-compile --constraint constraints.txt ".[train,cpu,dev]" && touch $(VENV)/.dependencies; }
+		  $(BIN)/pip install --quiet --no-compile --constraint constraints.txt ".[train,cpu,serve,dev]" && touch $(VENV)/.dependencies; }
 	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
 	touch $@

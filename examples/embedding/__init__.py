@@ -1,0 +1,1 @@
+"""Bundles in other applications: Python without PyTorch, a web service, Node.js, a web page, C++."""

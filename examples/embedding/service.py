@@ -1,0 +1,260 @@
+"""A classifier as a web service: `uvicorn distill.examples.embedding.service:app`.
+
+Requests wait in one bounded queue. Whatever waits when the classifier is free is answered as one batch, so
+nothing is delayed to fill one. A full queue sheds load with 503 at once; a request that waited too long gets
+503 too, and its texts are not classified any more.
+
+Settings, from the environment: DISTILL_BUNDLE (folder or single file), DISTILL_PROVIDER (auto, cpu or cuda),
+DISTILL_THREADS, DISTILL_MAX_WAITING (texts in the queue), DISTILL_TIMEOUT (seconds).
+"""
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from pydantic import BaseModel, Field
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from distill import Classifier
+
+MAX_TEXTS = 128  # in a request
+MAX_CHARACTERS = 20_000  # in a text
+MAX_BYTES = 4_000_000  # of a request
+MAX_BATCH = 256  # texts classified together
+
+
+@dataclass
+class Settings:
+    """Of the service, from the environment."""
+
+    bundle: str = field(default_factory=lambda: os.environ.get("DISTILL_BUNDLE", "runs/export"))
+    provider: str = field(default_factory=lambda: os.environ.get("DISTILL_PROVIDER", "auto"))
+    threads: int | None = field(default_factory=lambda: int(os.environ.get("DISTILL_THREADS", 0)) or None)
+    max_waiting: int = field(default_factory=lambda: int(os.environ.get("DISTILL_MAX_WAITING", 1024)))
+    timeout: float = field(default_factory=lambda: float(os.environ.get("DISTILL_TIMEOUT", 5)))
+
+
+class Texts(BaseModel):
+    """A request."""
+
+    texts: list[Annotated[str, Field(max_length=MAX_CHARACTERS)]] = Field(min_length=1, max_length=MAX_TEXTS)
+
+
+class Prediction(BaseModel):
+    """The answer to one text, with calibrated probabilities."""
+
+    label: str
+    score: float
+    probabilities: dict[str, float]
+
+
+class Predictions(BaseModel):
+    """The answers to a request, in the order of its texts."""
+
+    predictions: list[Prediction]
+
+
+class Overloaded(Exception):
+    """More texts wait than the service will hold, or a request waited too long."""
+
+
+class Batcher:
+    """Puts the texts of waiting requests together; one batch runs at a time, on all its threads."""
+
+    def __init__(self, classifier: Classifier, max_waiting: int, timeout: float) -> None:
+        self._classifier, self._max_waiting, self._timeout = classifier, max_waiting, timeout
+        self._requests: deque[tuple[list[str], asyncio.Future[NDArray]]] = deque()
+        self._arrived = asyncio.Event()
+        self.waiting = 0
+
+    async def classify(self, texts: list[str]) -> NDArray:
+        """Probabilities, shape (n, classes).
+
+        Raises:
+            Overloaded: if the queue is full, or the answer did not come in time.
+        """
+        if self.waiting + len(texts) > self._max_waiting:
+            raise Overloaded(f"{self.waiting} texts are waiting already; try again later")
+        answer: asyncio.Future[NDArray] = asyncio.get_running_loop().create_future()
+        self.waiting += len(texts)
+        self._requests.append((texts, answer))
+        self._arrived.set()
+        try:
+            return await asyncio.wait_for(answer, self._timeout)
+        except TimeoutError:
+            raise Overloaded(f"no answer within {self._timeout:g} s; try again later") from None
+
+    async def run(self) -> None:
+        """Answer requests until cancelled."""
+        while True:
+            await self._arrived.wait()
+            batch = self._take()
+            if batch:
+                await self._answer(batch)
+
+    def _take(self) -> list[tuple[list[str], asyncio.Future[NDArray]]]:
+        """The oldest requests, up to a batch, without those that nobody waits for any more."""
+        batch: list[tuple[list[str], asyncio.Future[NDArray]]] = []
+        size = 0
+        while self._requests and (not batch or size + len(self._requests[0][0]) <= MAX_BATCH):
+            texts, answer = self._requests.popleft()
+            if answer.done():
+                self.waiting -= len(texts)
+            else:
+                batch.append((texts, answer))
+                size += len(texts)
+        if not self._requests:
+            self._arrived.clear()
+        return batch
+
+    async def _answer(self, batch: list[tuple[list[str], asyncio.Future[NDArray]]]) -> None:
+        texts = [text for texts, _ in batch for text in texts]
+        try:
+            found = await self._classifier.apredict_proba(texts)
+        except Exception as error:
+            for _, answer in batch:
+                if not answer.done():
+                    answer.set_exception(error)
+            return
+        finally:
+            self.waiting -= len(texts)
+        start = 0
+        for texts, answer in batch:
+            if not answer.done():
+                answer.set_result(found[start : start + len(texts)])
+            start += len(texts)
+
+
+class Metrics:
+    """What `/metrics` tells, in Prometheus' format."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "distill_requests", "Requests answered, by status.", ["status"], registry=self.registry
+        )
+        self.texts = Counter(
+            "distill_texts", "Texts classified, by label.", ["label"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "distill_request_seconds",
+            "From a request's arrival to its answer.",
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+            registry=self.registry,
+        )
+        waiting = Gauge("distill_texts_waiting", "Texts in the queue or in work.", registry=self.registry)
+        waiting.set_function(lambda: batcher.waiting)
+
+
+class Watch:
+    """Refuses bodies that are too large before they are read; counts and times the answers to `/predict`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http" or scope["path"] != "/predict":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        metrics: Metrics = scope["app"].state.metrics
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                metrics.requests.labels(message["status"]).inc()
+                metrics.seconds.observe(time.perf_counter() - started)
+            await send(message)
+
+        length = Headers(scope=scope).get("content-length", "")
+        app: ASGIApp = self.app
+        if not length.isdigit():
+            app = _problem(411, "send a Content-Length")
+        elif int(length) > MAX_BYTES:
+            app = _problem(413, f"{length} bytes; a request may have {MAX_BYTES}")
+        await app(scope, receive, watched)
+
+
+router = APIRouter()
+
+
+@router.post("/predict", response_model=Predictions)
+async def predict(given: Texts, request: Request) -> JSONResponse:
+    """Classify up to 128 texts."""
+    classifier, metrics = request.app.state.classifier, request.app.state.metrics
+    predictions = []
+    for row in await request.app.state.batcher.classify(given.texts):
+        probabilities = dict(zip(classifier.labels, row.tolist(), strict=True))
+        label = classifier.labels[int(row.argmax())]
+        metrics.texts.labels(label).inc()
+        predictions.append({"label": label, "score": probabilities[label], "probabilities": probabilities})
+    return JSONResponse({"predictions": predictions})
+
+
+@router.get("/health")
+async def health(request: Request) -> dict[str, object]:
+    """Say that the model is loaded, and which one."""
+    classifier = request.app.state.classifier
+    return {
+        "status": "ok",
+        "file": classifier.file,
+        "provider": classifier.provider,
+        "labels": classifier.labels,
+        "waiting": request.app.state.batcher.waiting,
+    }
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Give counters for Prometheus."""
+    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def shed(request: Request, error: Exception) -> JSONResponse:
+    """Answer a request for which there is no room."""
+    return _problem(503, str(error), {"Retry-After": "1"})
+
+
+def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status, headers)
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Build the application; the bundle is opened when it starts."""
+    settings = settings or Settings()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        classifier = Classifier(settings.bundle, provider=settings.provider, threads=settings.threads)
+        classifier.predict(["warm up"])
+        batcher = Batcher(classifier, settings.max_waiting, settings.timeout)
+        app.state.classifier, app.state.batcher, app.state.metrics = classifier, batcher, Metrics(batcher)
+        worker = asyncio.create_task(batcher.run())
+        yield
+        worker.cancel()
+
+    app = FastAPI(title="distill", lifespan=lifespan)
+    app.add_middleware(Watch)
+    app.add_exception_handler(Overloaded, shed)
+    app.include_router(router)
+    return app
+
+
+app = create_app()

@@ -1,0 +1,49 @@
+"""The embedding examples; those of other languages are skipped where `make embedding` was not run."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_rows
+
+from distill import Classifier
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = importlib.util.spec_from_file_location("embedding", ROOT / "benchmarks" / "embedding.py")
+embedding = importlib.util.module_from_spec(SCRIPT)
+SCRIPT.loader.exec_module(embedding)
+TEXTS = [text for text, _ in make_rows(30, seed=5)]
+
+
+def test_python_answers_line_by_line_and_loads_no_torch(chain):
+    code = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__'); assert 'torch' not in sys.modules"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(ROOT / "examples" / "embedding" / "classify.py"),
+        str(chain.export),
+    ]
+    found = subprocess.run(command, input="\n".join(TEXTS), capture_output=True, text=True, check=True)
+    answers = [json.loads(line) for line in found.stdout.splitlines()]
+    classifier = Classifier(chain.export)
+    assert [answer["label"] for answer in answers] == classifier.predict(TEXTS)
+    np.testing.assert_allclose(
+        [answer["score"] for answer in answers], classifier.predict_proba(TEXTS).max(axis=1)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["int8", "fp32"])
+@pytest.mark.parametrize("name", ["node", "chromium", "cpp"])
+def test_other_languages_give_the_same_answers(chain, name, version):
+    run = embedding.available().get(name)
+    if run is None:
+        pytest.skip(f"{name}: not installed")
+    found = embedding.compare(chain.export, TEXTS, version, run)
+    assert found["same_label"] == len(TEXTS)
+    assert found["largest_probability_difference"] < (0.05 if version == "int8" else 1e-4)

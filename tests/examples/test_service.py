@@ -1,0 +1,170 @@
+import asyncio
+import time
+
+import numpy as np
+import pytest
+from conftest import make_rows
+
+pytest.importorskip("fastapi")
+from distill.examples.embedding import service
+from distill.examples.embedding.service import Batcher, Overloaded, Settings, create_app
+from fastapi.testclient import TestClient
+
+from distill import Classifier
+
+TEXTS = [text for text, _ in make_rows(20, seed=6)]
+
+
+@pytest.fixture(scope="module")
+def client(chain):
+    with TestClient(create_app(Settings(bundle=str(chain.export), provider="cpu"))) as client:
+        yield client
+
+
+def test_predictions_are_those_of_the_classifier(chain, client):
+    answers = client.post("/predict", json={"texts": TEXTS}).json()["predictions"]
+    classifier = Classifier(chain.export)
+    assert [answer["label"] for answer in answers] == classifier.predict(TEXTS)
+    found = [[answer["probabilities"][label] for label in classifier.labels] for answer in answers]
+    np.testing.assert_allclose(found, classifier.predict_proba(TEXTS))
+    assert all(answer["score"] == max(answer["probabilities"].values()) for answer in answers)
+
+
+def test_health_and_metrics(client):
+    health = client.get("/health").json()
+    assert health["status"] == "ok" and health["provider"] == "cpu" and health["waiting"] == 0
+    before = client.get("/metrics").text
+    client.post("/predict", json={"texts": ["lovely"]})
+    client.post("/predict", json={"texts": []})
+    after = client.get("/metrics").text
+
+    def value(text, name):
+        return next((float(line.split()[-1]) for line in text.splitlines() if line.startswith(name)), 0.0)
+
+    assert value(after, "distill_texts_total") >= 1
+    for status in ("200", "422"):
+        name = f'distill_requests_total{{status="{status}"}}'
+        assert value(after, name) == value(before, name) + 1
+    assert value(after, "distill_texts_waiting") == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"texts": []}, 422),
+        ({"texts": "a string"}, 422),
+        ({"texts": [1]}, 422),
+        ({"texts": ["x"] * 129}, 422),
+        ({"texts": ["x" * 20_001]}, 422),
+        ({}, 422),
+        ({"texts": [""]}, 200),
+        ({"texts": ["x" * 20_000]}, 200),
+    ],
+)
+def test_sizes_have_limits(client, body, status):
+    assert client.post("/predict", json=body).status_code == status
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(client):
+    assert client.post("/predict", content=b"x" * (service.MAX_BYTES + 1)).status_code == 413
+    assert client.post("/predict", content=iter([b"{}"])).status_code == 411
+    assert client.post("/predict", content=b"not JSON").status_code == 422
+
+
+class _Slow:
+    """A classifier that takes its time and remembers its batches."""
+
+    def __init__(self, seconds=0.05):
+        self.seconds, self.batches = seconds, []
+
+    async def apredict_proba(self, texts):
+        self.batches.append(list(texts))
+        await asyncio.sleep(self.seconds)
+        if "bad" in texts:
+            raise ValueError("bad")
+        return np.array([[len(text), 0.0] for text in texts])
+
+
+async def _with_batcher(batcher, work):
+    worker = asyncio.create_task(batcher.run())
+    try:
+        return await work()
+    finally:
+        worker.cancel()
+
+
+def test_what_waits_is_answered_together_and_each_gets_its_own():
+    classifier = _Slow()
+    batcher = Batcher(classifier, max_waiting=1000, timeout=5)
+
+    async def work():
+        return await asyncio.gather(*(batcher.classify(["x" * n] * n) for n in range(1, 9)))
+
+    answers = asyncio.run(_with_batcher(batcher, work))
+    for n, answer in enumerate(answers, start=1):
+        assert answer.shape == (n, 2) and (answer[:, 0] == n).all()
+    assert len(classifier.batches) <= 2 and batcher.waiting == 0
+
+
+def test_a_batch_has_a_limit_but_a_request_is_never_split(monkeypatch):
+    monkeypatch.setattr(service, "MAX_BATCH", 10)
+    classifier = _Slow(0.01)
+    batcher = Batcher(classifier, max_waiting=1000, timeout=5)
+
+    async def work():
+        await asyncio.gather(*(batcher.classify(["x"] * n) for n in (4, 4, 4, 12, 1)))
+
+    asyncio.run(_with_batcher(batcher, work))
+    assert [len(batch) for batch in classifier.batches] == [8, 4, 12, 1]
+
+
+def test_a_full_queue_sheds_at_once_and_recovers():
+    batcher = Batcher(_Slow(), max_waiting=5, timeout=5)
+
+    async def work():
+        first = [asyncio.create_task(batcher.classify(["x"])) for _ in range(5)]
+        await asyncio.sleep(0)
+        started = time.perf_counter()
+        with pytest.raises(Overloaded, match="5 texts are waiting"):
+            await batcher.classify(["y"])
+        assert time.perf_counter() - started < 0.02
+        await asyncio.gather(*first)
+        return await batcher.classify(["yy"])
+
+    assert asyncio.run(_with_batcher(batcher, work))[0, 0] == 2
+
+
+def test_a_request_that_waits_too_long_is_shed_and_not_classified():
+    classifier = _Slow(0.2)
+    batcher = Batcher(classifier, max_waiting=100, timeout=0.1)
+
+    async def work():
+        first = asyncio.create_task(batcher.classify(["first"]))
+        await asyncio.sleep(0.05)
+        with pytest.raises(Overloaded, match=r"no answer within 0\.1 s"):
+            await batcher.classify(["second"])
+        with pytest.raises(Overloaded):
+            await first
+        await asyncio.sleep(0.2)
+
+    asyncio.run(_with_batcher(batcher, work))
+    assert classifier.batches == [["first"]]
+    assert batcher.waiting == 0
+
+
+def test_one_failing_batch_does_not_stop_the_next():
+    batcher = Batcher(_Slow(0.01), max_waiting=100, timeout=5)
+
+    async def work():
+        with pytest.raises(ValueError, match="bad"):
+            await batcher.classify(["bad"])
+        return await batcher.classify(["good"])
+
+    assert asyncio.run(_with_batcher(batcher, work))[0, 0] == 4
+
+
+def test_overload_is_503_with_a_hint_when_to_come_again(client, monkeypatch):
+    monkeypatch.setattr(client.app.state.batcher, "_max_waiting", 2)
+    answer = client.post("/predict", json={"texts": ["x"] * 3})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert "waiting" in answer.json()["detail"]
