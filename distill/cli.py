@@ -22,6 +22,10 @@ COMMANDS = {
         "distill.export.command:export",
         "Write the student as a verified ONNX bundle, INT8 on request.",
     ),
+    "benchmark": (
+        "distill.export.command:benchmark",
+        "Measure speed, memory and size of every version in one run.",
+    ),
     "report": ("distill.explain.command:report", "Compare teacher, student and exported versions."),
     "explain": (
         "distill.explain.command:explain",

@@ -207,6 +207,42 @@ def batched_logits(
     return logits
 
 
+def open_pytorch(
+    folder: Path, labels: list[str], max_length: int, option: str, threads: int | None = None
+) -> tuple[Callable[[Any], Any], Callable[[list[Any]], NDArray[np.float32]]]:
+    """Open a stage's model on the CPU in fp32, as functions of one text, on one thread, and of many.
+
+    Args:
+        folder: of `distill train-teacher` or `distill train-student`.
+        labels: label names.
+        max_length: longest text, in tokens.
+        option: the option that named the folder, for error messages.
+        threads: for many texts; the number of cores when left out.
+    """
+    model = load_model(str(folder), labels, option).eval()
+    tokenizer = load_tokenizer(str(folder), max_length, option)
+    cores = threads or torch.get_num_threads()
+
+    def one(text: Any) -> Any:
+        parts = text if isinstance(text, tuple) else (text,)
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            return model(**tokenizer(*parts, truncation=True, return_tensors="pt")).logits
+
+    def many(texts: list[Any]) -> NDArray[np.float32]:
+        torch.set_num_threads(cores)
+        parts = [text if isinstance(text, tuple) else (text,) for text in texts]
+        columns = tokenizer(*map(list, zip(*parts, strict=True)), truncation=True)
+        lengths = np.array([len(ids) for ids in columns["input_ids"]])
+
+        def inputs(rows: NDArray[np.int64]) -> dict[str, Any]:
+            return {name: [values[row] for row in rows] for name, values in columns.items()}
+
+        return batched_logits(model, tokenizer, inputs, lengths, "cpu", "fp32")
+
+    return one, many
+
+
 def count_parameters(model: Any) -> int:
     """Count all parameters of a PyTorch model."""
     return sum(parameter.numel() for parameter in model.parameters())

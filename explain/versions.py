@@ -145,20 +145,12 @@ def _open_pytorch(version: Version, labels: list[str]) -> tuple[Any, Any]:
 
 def open_for_latency(version: Version, labels: list[str]) -> Callable[[Any], object]:
     """Open a version as a function of one text, one thread; teacher and student in PyTorch, in fp32."""
-    import torch
-
+    from distill.models import open_pytorch
     from distill.runtime import Classifier
 
     if version.in_onnx:
         return Classifier(version.folder, provider="cpu", file=version.file, threads=1).logits
-    model, tokenizer = _open_pytorch(version, labels)
-
-    def run(text: Any) -> object:
-        parts = text if isinstance(text, tuple) else (text,)
-        with torch.inference_mode():
-            return model(**tokenizer(*parts, truncation=True, return_tensors="pt")).logits
-
-    return run
+    return open_pytorch(version.folder, labels, version.max_length, f"--{version.name}")[0]
 
 
 def open_for_explanation(

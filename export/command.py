@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from distill.options import output_options, show_stage
+from distill.options import POSITIVE, output_options, show_stage
 
 
 @click.command("export")
@@ -48,3 +48,47 @@ def export(as_json: bool, output: Path, **options: Any) -> None:
     from distill.export.bundle import ExportOptions, export_student
 
     show_stage(export_student(ExportOptions(output=output, **options)), output, as_json)
+
+
+@click.command("benchmark")
+@click.argument("source", required=False, type=click.Path(path_type=Path))
+@click.option("--text-column", help="Column with the text [found by its usual names].")
+@click.option(
+    "--export", type=click.Path(path_type=Path), default=Path("runs/export"), help="Folder of export."
+)
+@click.option(
+    "--teacher",
+    type=click.Path(path_type=Path),
+    default=Path("runs/teacher"),
+    help="Folder of train-teacher; left out if it is not there.",
+)
+@click.option(
+    "--student",
+    type=click.Path(path_type=Path),
+    default=Path("runs/student"),
+    help="Folder of train-student; left out if it is not there.",
+)
+@click.option(
+    "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where the bundle's files run."
+)
+@click.option("--texts", type=POSITIVE, default=200, help="How many texts to take.")
+@click.option(
+    "--rounds", type=POSITIVE, default=7, help="How often each version takes all of them, at least 6."
+)
+@click.option("--threads", type=POSITIVE, help="For throughput [one a core].")
+@output_options("runs/benchmark")
+def benchmark(as_json: bool, **options: Any) -> None:
+    """Measure latency, throughput, cold start, memory and size of every version, in one run.
+
+    SOURCE is a file with your own texts (CSV, TSV, JSONL or Parquet); without it the test texts are taken
+    that the bundle was made with. The versions take turns, and the table says which the machine cannot tell
+    apart.
+    """
+    import json
+
+    from distill.export.benchmark import BenchmarkOptions, render, run_benchmark
+
+    result = run_benchmark(BenchmarkOptions(**options))
+    click.echo(json.dumps(result) if as_json else render(result), nl=as_json)
+    if not as_json:
+        click.echo(f"{options['output']}: benchmark.json, benchmark.txt, benchmark.svg")

@@ -1,0 +1,372 @@
+"""Every version of a classifier side by side in one run: latency, throughput, cold start, memory, size.
+
+The versions take turns in every round, in another order each time, so that whatever else the machine does
+hits all alike; two versions count as different only if the same one is faster in every round.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from distill.export.benchmark_figure import draw
+from numpy.typing import NDArray
+
+from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest
+from distill.engine import Text
+from distill.errors import DistillError
+from distill.files import TEXT_COLUMNS, find_column, read_rows
+from distill.latency import cpu_name
+from distill.runtime import Classifier
+
+logger = logging.getLogger(__name__)
+MIN_ROUNDS = 6  # the same version first in all of them has a chance of 1 in 32, if both are equal
+WARM_UP = 5
+# A version as functions of one text and of many.
+Runs = tuple[Callable[[Text], object], Callable[[list[Text]], object]]
+MEMORY_TEXTS = 50
+# What an application would write; it prints "answered", and in the end its peak of resident memory.
+ONNX_PROBE = """
+import json, resource, sys
+from distill import Classifier
+given = json.load(sys.stdin)
+classifier = Classifier(given["folder"], provider=given["provider"], file=given["file"], threads=1)
+texts = [tuple(text) if isinstance(text, list) else text for text in given["texts"]]
+classifier.predict(texts[:1])
+print("answered", flush=True)
+classifier.predict(texts)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+PYTORCH_PROBE = """
+import json, resource, sys
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+given = json.load(sys.stdin)
+model = AutoModelForSequenceClassification.from_pretrained(given["folder"]).eval()
+tokenizer = AutoTokenizer.from_pretrained(given["folder"])
+with torch.inference_mode():
+    for number, text in enumerate(given["texts"]):
+        parts = text if isinstance(text, list) else [text]
+        model(**tokenizer(*parts, truncation=True, return_tensors="pt"))
+        if number == 0:
+            print("answered", flush=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Options of `distill benchmark`.
+
+    Attributes:
+        source: file with texts; the test texts of the bundle's own data when left out.
+        text_column: of the file; found by its usual names when left out.
+        export: folder of `distill export`.
+        teacher: folder of `distill train-teacher`; left out of the benchmark if it is not there.
+        student: folder of `distill train-student`; likewise.
+        output: folder to write.
+        provider: for the bundle's files, "cpu" or "cuda".
+        texts: how many to take.
+        rounds: how often each version takes all texts, at least 6.
+        threads: for throughput; the number of cores when left out.
+        overwrite: replace an existing output folder.
+    """
+
+    source: Path | None = None
+    text_column: str | None = None
+    export: Path = Path("runs/export")
+    teacher: Path = Path("runs/teacher")
+    student: Path = Path("runs/student")
+    output: Path = Path("runs/benchmark")
+    provider: str = "cpu"
+    texts: int = 200
+    rounds: int = 7
+    threads: int | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One version: where it is, and how it is run.
+
+    Attributes:
+        name: teacher, student, onnx-fp32, int8, fp16 or int8-cuda.
+        folder: of the stage that wrote it.
+        file: with its weights, relative to the folder.
+        provider: "cpu" or "cuda" for ONNX Runtime, "pytorch" otherwise.
+        max_length: longest text, in tokens.
+    """
+
+    name: str
+    folder: Path
+    file: str
+    provider: str
+    max_length: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file with the weights, or of all of them where they are in shards."""
+        path = self.folder / self.file
+        weights = [path] if path.is_file() else self.folder.glob("model-*.safetensors")
+        return sum(path.stat().st_size for path in weights)
+
+    def open(self, labels: list[str], threads: int | None) -> Runs:
+        """Functions of one text and of many."""
+        if self.provider != "pytorch":
+            # One with a single thread, as a service would use it, and one that takes all cores.
+            one = Classifier(self.folder, provider=self.provider, file=self.file, threads=1)
+            many = Classifier(self.folder, provider=self.provider, file=self.file, threads=threads)
+            return one.logits, many.predict_logits
+        from distill.models import open_pytorch
+
+        return open_pytorch(self.folder, labels, self.max_length, f"--{self.name}", threads)
+
+    def probe(self, texts: Sequence[Text]) -> tuple[float, float]:
+        """Seconds from starting Python to the first answer, and the process' peak memory in MB."""
+        given = {**asdict(self), "folder": str(self.folder), "texts": texts}
+        code = PYTORCH_PROBE if self.provider == "pytorch" else ONNX_PROBE
+        started = time.perf_counter()
+        with subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdin and process.stdout and process.stderr
+            process.stdin.write(json.dumps(given))
+            process.stdin.close()
+            answered = process.stdout.readline()
+            seconds = time.perf_counter() - started
+            peak = process.stdout.read()
+            if answered.strip() != "answered" or not peak.strip():
+                reason = (process.stderr.read().strip().splitlines() or ["no reason given"])[-1]
+                raise DistillError(f"{self.name}: could not be run in a process of its own: {reason}")
+        return seconds, int(peak) / 1024
+
+
+def subjects(options: BenchmarkOptions) -> list[Subject]:
+    """List the versions that there are, the largest first.
+
+    Raises:
+        DistillError: if the bundle is missing.
+    """
+    manifest = read_manifest(options.export, "export", "--export")
+    found = []
+    for name, folder in (("teacher", options.teacher), ("student", options.student)):
+        if folder.is_dir():
+            length = read_manifest(folder, f"train-{name}", f"--{name}").max_length
+            found.append(Subject(name, folder, "model.safetensors", "pytorch", length))
+        else:
+            logger.info("No folder %s: the %s is left out", folder, name)
+    files: dict[str, str] = {"onnx-fp32": manifest.details["files"]["fp32"]}
+    if options.provider == "cpu":
+        files["int8"] = manifest.details["files"]["cpu"]
+    for name, entry in manifest.details.get("cuda", {}).items():
+        if options.provider == "cuda" and isinstance(entry, dict) and "file" in entry:
+            files[{"int8": "int8-cuda"}.get(name, name)] = entry["file"]
+    seen: set[str] = set()
+    for name, file in files.items():
+        if file not in seen:  # without --int8, both are the same file
+            found.append(Subject(name, options.export, file, options.provider, manifest.max_length))
+            seen.add(file)
+    return found
+
+
+def _texts(options: BenchmarkOptions) -> list[Text]:
+    if options.source is None:
+        from distill.data import reload_data, texts_of
+
+        manifest = read_manifest(options.export, "export", "--export")
+        texts: list[Text] = list(texts_of(reload_data(manifest.data, manifest.labels).splits["test"]))
+        return texts[:: max(1, len(texts) // options.texts)][: options.texts]
+    name, column = str(options.source), None
+    found: list[Text] = []
+    for number, row in islice(read_rows(options.source), options.texts):
+        column = column or find_column(name, list(row), options.text_column, TEXT_COLUMNS, "--text-column")
+        if not isinstance(row.get(column), str):
+            raise DistillError(
+                f"{name}, row {number}: no text in column {column!r}; found {row.get(column)!r}"
+            )
+        found.append(row[column])
+    if not found:
+        raise DistillError(f"{name}: no text in it; give a file with at least one")
+    return found
+
+
+def measure_rounds(
+    runs: dict[str, Runs], texts: list[Text], rounds: int
+) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Run all versions in turns.
+
+    Args:
+        runs: name -> functions of one text and of many.
+        texts: n of them.
+        rounds: how often.
+
+    Returns:
+        name -> milliseconds of each text, shape (rounds, n), and texts a second, shape (rounds,).
+    """
+    names = list(runs)
+    times = {name: np.empty((rounds, len(texts))) for name in names}
+    speeds = {name: np.empty(rounds) for name in names}
+    for name in names:
+        one, many = runs[name]
+        for text in texts[:WARM_UP]:
+            one(text)
+        many(texts[:WARM_UP])
+    for number in range(rounds):
+        logger.info("Round %d of %d", number + 1, rounds)
+        start = number % len(names)
+        order = names[start:] + names[:start]
+        for name in order if number % 2 else order[::-1]:
+            one, many = runs[name]
+            for index, text in enumerate(texts):
+                started = time.perf_counter()
+                one(text)
+                times[name][number, index] = 1000 * (time.perf_counter() - started)
+            started = time.perf_counter()
+            many(texts)
+            speeds[name][number] = len(texts) / (time.perf_counter() - started)
+    return {name: (times[name], speeds[name]) for name in names}
+
+
+def told_apart(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:
+    """Whether the same of two versions is faster in every round; each gives its medians, shape (rounds,)."""
+    return bool((first < second).all() or (first > second).all())
+
+
+def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
+    """Measure every version and publish benchmark.json, benchmark.txt and benchmark.svg.
+
+    Returns:
+        The content of benchmark.json.
+
+    Raises:
+        DistillError: if the bundle or the texts cannot be read, or a version cannot be run.
+    """
+    if options.rounds < MIN_ROUNDS:
+        raise DistillError(
+            f"--rounds {options.rounds}: at least {MIN_ROUNDS} are needed to tell two versions apart"
+        )
+    check_output(options.output, options.overwrite, "benchmark")
+    found = subjects(options)
+    bundle = read_manifest(options.export, "export", "--export")
+    texts = _texts(options)
+    probes = {}
+    for subject in found:
+        logger.info("Cold start: %s", subject.name)
+        subject.probe(texts[:1])  # the first run reads from the disk
+        probes[subject.name] = np.array([subject.probe(texts[:MEMORY_TEXTS]) for _ in range(3)])
+    runs = {subject.name: subject.open(bundle.labels, options.threads) for subject in found}
+    measured = measure_rounds(runs, texts, options.rounds)
+    medians = {name: np.median(times, axis=1) for name, (times, _) in measured.items()}
+    base = medians[found[0].name]
+    rows = []
+    for subject in found:
+        times, speeds = measured[subject.name]
+        ratios = base / medians[subject.name]
+        p50, p95, p99 = np.percentile(times, [50, 95, 99])
+        rows.append(
+            {
+                "version": subject.name,
+                "file": f"{subject.folder.name}/{subject.file}",
+                "runs_on": subject.provider,
+                "bytes": subject.size,
+                "latency_ms": {"p50": p50, "p95": p95, "p99": p99},
+                "median_by_round_ms": medians[subject.name].tolist(),
+                "speedup": {"median": float(np.median(ratios)), "low": ratios.min(), "high": ratios.max()},
+                "texts_per_second": {
+                    "median": float(np.median(speeds)),
+                    "low": speeds.min(),
+                    "high": speeds.max(),
+                },
+                "cold_start_s": float(np.median(probes[subject.name][:, 0])),
+                "peak_memory_mb": float(np.median(probes[subject.name][:, 1])),
+            }
+        )
+    by_speed = sorted(medians, key=lambda name: float(np.median(medians[name])))
+    result = {
+        "cpu": cpu_name(),
+        "texts": len(texts),
+        "rounds": options.rounds,
+        "versions": rows,
+        "not_told_apart": [
+            [first, second]
+            for first, second in pairwise(by_speed)
+            if not told_apart(medians[first], medians[second])
+        ],
+    }
+    manifest = Manifest(
+        stage="benchmark",
+        labels=bundle.labels,
+        options={
+            name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()
+        },
+        seed=bundle.seed,
+        data={} if options.source else bundle.data,
+        parents=[{"path": str(options.export), "manifest_sha256": manifest_hash(options.export)}],
+    )
+    with publish(options.output, manifest, options.overwrite) as folder:
+        (folder / "benchmark.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (folder / "benchmark.txt").write_text(render(result), encoding="utf-8")
+        draw(result, folder / "benchmark.svg")
+    return result
+
+
+def render(result: dict[str, Any]) -> str:
+    """The table, and what it does not prove."""
+    header = (
+        "version",
+        "p50 ms",
+        "p95",
+        "p99",
+        "faster",
+        "by round",
+        "texts/s",
+        "cold s",
+        "peak MB",
+        "file MB",
+    )
+    table = [header]
+    for row in result["versions"]:
+        latency, speedup = row["latency_ms"], row["speedup"]
+        table.append(
+            (
+                row["version"],
+                *(f"{latency[name]:.2f}" for name in ("p50", "p95", "p99")),
+                f"{speedup['median']:.1f}x",
+                f"{speedup['low']:.1f}-{speedup['high']:.1f}",
+                f"{row['texts_per_second']['median']:,.0f}",
+                f"{row['cold_start_s']:.2f}",
+                f"{row['peak_memory_mb']:.0f}",
+                f"{row['bytes'] / 1e6:.1f}",
+            )
+        )
+    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]
+    lines += [
+        "",
+        f"{result['texts']} texts, {result['rounds']} rounds, {result['cpu']}.",
+        "Latency: one text at a time, one thread. texts/s: all cores. "
+        "cold: from starting Python to the first answer.",
+    ]
+    lines += [
+        f"{first} and {second} cannot be told apart: neither was faster in every round. "
+        "Run it on a quieter machine, or with more --rounds and --texts."
+        for first, second in result["not_told_apart"]
+    ]
+    return "\n".join(lines) + "\n"

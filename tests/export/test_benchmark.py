@@ -1,0 +1,137 @@
+import json
+import time
+
+import numpy as np
+import pytest
+from distill.export import benchmark
+from distill.export.benchmark import (
+    BenchmarkOptions,
+    Subject,
+    measure_rounds,
+    render,
+    run_benchmark,
+    told_apart,
+)
+
+from distill import DistillError
+
+
+def _subject(name):
+    def open_(self, labels, threads):
+        pause = {"teacher": 0.004, "student": 0.002}.get(self.name, 0.0005)
+        return (lambda text: time.sleep(pause)), (lambda texts: time.sleep(pause * len(texts) / 2))
+
+    return open_
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Versions of a known speed, and no processes."""
+    monkeypatch.setattr(Subject, "open", _subject("any"))
+    monkeypatch.setattr(Subject, "probe", lambda self, texts: (0.5 + len(self.name), 100.0))
+
+
+def _options(chain, tmp_path, **changes):
+    folders = {"export": chain.export, "teacher": chain.teacher, "student": chain.student}
+    return BenchmarkOptions(**{**folders, "output": tmp_path / "b", "texts": 12, "rounds": 6, **changes})
+
+
+def test_every_version_is_measured_and_published(chain, tmp_path, fast):
+    result = run_benchmark(_options(chain, tmp_path))
+    rows = {row["version"]: row for row in result["versions"]}
+    assert list(rows) == ["teacher", "student", "onnx-fp32", "int8"]
+    assert rows["teacher"]["speedup"]["median"] == 1
+    assert 1.5 < rows["student"]["speedup"]["median"] < 2.5
+    assert rows["student"]["speedup"]["low"] <= rows["student"]["speedup"]["high"]
+    assert rows["teacher"]["latency_ms"]["p50"] == pytest.approx(4, rel=0.3)
+    assert rows["teacher"]["texts_per_second"]["median"] == pytest.approx(500, rel=0.3)
+    assert rows["int8"]["bytes"] == (chain.export / "onnx" / "model_quantized.onnx").stat().st_size
+    assert rows["int8"]["cold_start_s"] == 4.5 and rows["int8"]["peak_memory_mb"] == 100
+    assert json.loads((tmp_path / "b" / "benchmark.json").read_text()) == result
+    assert (tmp_path / "b" / "benchmark.svg").read_text().startswith("<?xml")
+    table = (tmp_path / "b" / "benchmark.txt").read_text()
+    assert table == render(result) and "12 texts, 6 rounds" in table
+
+
+def test_versions_of_the_same_speed_are_said_to_be_so(chain, tmp_path, fast, monkeypatch):
+    times = iter(np.tile([1.0, 2.0, 2.0, 1.0], 3))
+
+    def equal(runs, texts, rounds):
+        found = {name: (np.full((rounds, len(texts)), 5.0), np.ones(rounds)) for name in runs}
+        for name in ("onnx-fp32", "int8"):
+            found[name] = (np.array([[next(times)] * len(texts) for _ in range(rounds)]), np.ones(rounds))
+        return found
+
+    monkeypatch.setattr(benchmark, "measure_rounds", equal)
+    result = run_benchmark(_options(chain, tmp_path))
+    assert sorted(map(sorted, result["not_told_apart"])) == [["int8", "onnx-fp32"], ["student", "teacher"]]
+    assert "cannot be told apart: neither was faster in every round" in render(result)
+
+
+def test_two_versions_differ_only_if_one_is_faster_in_every_round():
+    slow = np.array([2.0, 2.1, 1.9, 2.0, 2.2, 2.0])
+    assert told_apart(slow, slow - 0.1) and told_apart(slow - 0.1, slow)
+    assert not told_apart(slow, slow - np.array([0.1, 0.1, -0.1, 0.1, 0.1, 0.1]))
+    assert not told_apart(slow, slow)
+
+
+def test_versions_take_turns_and_each_is_first_at_times():
+    order = []
+    runs = {name: ((lambda text, name=name: order.append(name)), (lambda texts: None)) for name in "abc"}
+    measured = measure_rounds(runs, ["x"], 6)
+    rounds = [order[3 + 3 * n : 6 + 3 * n] for n in range(6)]  # after the warm-up
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert {one[0] for one in rounds} == {"a", "b", "c"} and len({tuple(one) for one in rounds}) >= 4
+    assert measured["a"][0].shape == (6, 1) and measured["a"][1].shape == (6,)
+
+
+def test_without_teacher_and_student_the_bundle_is_measured_alone(chain, tmp_path, fast):
+    options = _options(chain, tmp_path, teacher=tmp_path / "none", student=tmp_path / "none")
+    assert [row["version"] for row in run_benchmark(options)["versions"]] == ["onnx-fp32", "int8"]
+
+
+def test_own_texts_are_taken_from_a_file(chain, tmp_path, fast):
+    (tmp_path / "own.csv").write_text("id,review\n1,lovely\n2,awful\n")
+    options = _options(chain, tmp_path, source=tmp_path / "own.csv")
+    assert run_benchmark(options)["texts"] == 2
+
+
+@pytest.mark.slow
+def test_cold_start_and_memory_come_from_a_process_of_its_own(chain):
+    subject = Subject("int8", chain.export, "onnx/model_quantized.onnx", "cpu", 64)
+    seconds, megabytes = subject.probe(["lovely", ("a", "b")])
+    assert 0.05 < seconds < 20 and 30 < megabytes < 1000
+    with pytest.raises(DistillError, match=r"int8: could not be run in a process of its own: .*missing"):
+        Subject("int8", chain.export, "onnx/none.onnx", "cpu", 64).probe(["lovely"])
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_table(chain, tmp_path, run):
+    arguments = ["--export", chain.export, "--teacher", tmp_path / "none", "--student", tmp_path / "none"]
+    result = run("benchmark", *arguments, "--texts", 3, "--rounds", 6, "--output", tmp_path / "b")
+    assert result.exit_code == 0, result.output
+    assert "version" in result.stdout and "int8" in result.stdout and "benchmark.svg" in result.stdout
+    again = run("benchmark", *arguments, "--output", tmp_path / "b")
+    assert again.exit_code == 1 and "--overwrite" in again.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rounds", 5], ["--rounds 5", "at least 6"]),
+        (["none.csv"], ["none.csv", "no such file"]),
+        (["--export", "none"], ["--export none", "distill export"]),
+        (["empty.csv"], ["empty.csv", "no text"]),
+        (["odd.csv"], ["odd.csv", "--text-column"]),
+    ],
+)
+def test_bad_input_is_one_line(chain, tmp_path, run, arguments, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.csv").write_text("text\n")
+    (tmp_path / "odd.csv").write_text("a,b\n1,2\n")
+    if "--export" not in arguments:
+        arguments = [*arguments, "--export", chain.export]
+    result = run("benchmark", *arguments)
+    assert result.exit_code == 1, result.output
+    last = result.output.strip().splitlines()[-1]
+    assert all(word in last.lower() for word in words), last
