@@ -19,6 +19,8 @@ benchmark: install
 	$(BIN)/python benchmarks/latency.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/runtime.py
 	$(BIN)/python benchmarks/int8_ceiling.py
+	$(BIN)/python benchmarks/streaming.py
+	$(BIN)/python benchmarks/service.py
 	$(BIN)/python benchmarks/explanations.py
 
 # ORT: an unpacked release of ONNX Runtime, for the C++ example; left out without it.
