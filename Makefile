@@ -18,6 +18,10 @@ lint: install
 benchmark: install
 	$(BIN)/python benchmarks/latency.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/runtime.py
+	test -d demo/runs/two_layers || { cd demo && \
+		../$(BIN)/distill train-student --layers 2 --output runs/two_layers_student && \
+		../$(BIN)/distill export --int8 --max-drop 2 --student runs/two_layers_student --output runs/two_layers; }
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/runtime.py --bundle runs/two_layers
 	$(BIN)/python benchmarks/int8_ceiling.py
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/service.py

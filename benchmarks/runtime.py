@@ -1,9 +1,10 @@
 """`Classifier` against Optimum and `transformers.pipeline` on one INT8 file, and against its bare parts.
 
 Latency of one text (one thread each), bulk throughput on all cores (the pipeline with its best batch size),
-and the time from starting Python to the first answer. Writes benchmarks/results/runtime.json.
+and the time from starting Python to the first answer. Writes benchmarks/results/runtime.json, or with another
+bundle runtime_NAME.json: the fewer layers, the more of the time is overhead.
 
-Usage: python benchmarks/runtime.py [DEMO_FOLDER], after `make demo`.
+Usage: python benchmarks/runtime.py [DEMO_FOLDER] [--bundle runs/two_layers], after `make demo`.
 """
 
 import json
@@ -30,7 +31,7 @@ FILE = "model_quantized.onnx"
 BATCH_SIZES = (1, 8, 32)
 
 
-def _pipeline(threads: int | None) -> Callable[..., Any]:
+def _pipeline(bundle: Path, threads: int | None) -> Callable[..., Any]:
     from optimum.onnxruntime import ORTModelForSequenceClassification
     from transformers import AutoTokenizer, pipeline
 
@@ -38,20 +39,20 @@ def _pipeline(threads: int | None) -> Callable[..., Any]:
     if threads:
         options.intra_op_num_threads = threads
     model = ORTModelForSequenceClassification.from_pretrained(
-        BUNDLE, subfolder="onnx", file_name=FILE, session_options=options
+        bundle, subfolder="onnx", file_name=FILE, session_options=options
     )
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLE)
+    tokenizer = AutoTokenizer.from_pretrained(bundle)
     return pipeline("text-classification", model=model, tokenizer=tokenizer, truncation=True)
 
 
-def _bare() -> Callable[[str], Any]:
+def _bare(bundle: Path) -> Callable[[str], Any]:
     """Tokenizers and `session.run`, with nothing around them."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(
-        BUNDLE / "onnx" / FILE, options, providers=["CPUExecutionProvider"]
+        bundle / "onnx" / FILE, options, providers=["CPUExecutionProvider"]
     )
-    tokenizer = Tokenizer.from_file(str(BUNDLE / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
     tokenizer.no_padding()
     names = {
         "input_ids": "ids",
@@ -77,9 +78,9 @@ def _texts_per_second(run: Callable[[list[str]], Any], texts: list[str]) -> floa
     return len(texts) / (time.perf_counter() - started)
 
 
-def _cold_start(repeats: int) -> list[float]:
+def _cold_start(bundle: Path, repeats: int) -> list[float]:
     """Seconds from starting the interpreter to the end of a process that answered one text."""
-    code = "from distill import Classifier; Classifier('runs/export').predict(['What a lovely surprise'])"
+    code = f"from distill import Classifier; Classifier({str(bundle)!r}).predict(['What a lovely surprise'])"
     times = []
     for _ in range(repeats + 1):  # the first run warms the file cache
         started = time.perf_counter()
@@ -91,25 +92,26 @@ def _cold_start(repeats: int) -> list[float]:
 @click.command()
 @click.argument("demo", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"))
 @click.option("--texts", "count", default=300, help="Test texts for latency; throughput takes all of them.")
+@click.option("--bundle", type=click.Path(path_type=Path), default=BUNDLE, help="In the demo's folder.")
 @click.option("--repeats", default=5, help="Of throughput and of the cold start.")
-def main(demo: Path, count: int, repeats: int) -> None:
+def main(demo: Path, count: int, bundle: Path, repeats: int) -> None:
     """Measure the runtime on the demo's bundle."""
-    if not (demo / BUNDLE).is_dir():
-        raise click.ClickException(f"{demo}: no finished demo in it; run `make demo` first")
+    if not (demo / bundle).is_dir():
+        raise click.ClickException(f"{demo}: no {bundle} in it; run `make demo` first")
     RESULTS.mkdir(exist_ok=True)
     os.chdir(demo)
     texts = pyarrow.csv.read_csv("sentiment/test.csv")["text"].to_pylist()
-    one = Classifier(BUNDLE, provider="cpu", threads=1)
-    pipeline = _pipeline(1)
+    one = Classifier(bundle, provider="cpu", threads=1)
+    pipeline = _pipeline(bundle, 1)
     sides = {
-        "bare": _bare(),
+        "bare": _bare(bundle),
         "distill": lambda text: one.predict([text]),
         "distill, as a pipeline": one,
         "pipeline": pipeline,
     }
     latency = measure(sides, texts[:: max(1, len(texts) // count)][:count], rounds=5)
-    every = Classifier(BUNDLE, provider="cpu")
-    parallel = _pipeline(None)
+    every = Classifier(bundle, provider="cpu")
+    parallel = _pipeline(bundle, None)
     runs: dict[str, list[float]] = {}
     for _ in range(repeats):
         runs.setdefault("distill", []).append(_texts_per_second(every.predict, texts))
@@ -117,7 +119,8 @@ def main(demo: Path, count: int, repeats: int) -> None:
             speed = _texts_per_second(lambda given, size=size: parallel(given, batch_size=size), texts)
             runs.setdefault(f"pipeline, batches of {size}", []).append(speed)
     speeds = {name: float(np.median(values)) for name, values in runs.items()}
-    cold = _cold_start(repeats)
+    cold = _cold_start(bundle, repeats)
+    name = "runtime.json" if bundle == BUNDLE else f"runtime_{bundle.name}.json"
     result = {
         "cpu": cpu_name(),
         "latency_ms": latency,
@@ -128,7 +131,7 @@ def main(demo: Path, count: int, repeats: int) -> None:
         "throughput_over_pipeline": speeds["distill"] / max(v for k, v in speeds.items() if k != "distill"),
         "cold_start_s": float(np.median(cold)),
     }
-    (RESULTS / "runtime.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     click.echo(json.dumps(result, indent=2))
 
 

@@ -1,8 +1,8 @@
 """A stream of a million texts, and eight threads that share one `Classifier`.
 
 Memory and speed are taken along the stream: resident memory must not grow, and the end must not be slower
-than the start. Then eight threads classify 100,000 texts through one Classifier, each its own share in lists of
-another length, and every logit is held against a serial run. Writes benchmarks/results/streaming.json.
+than the start. Then eight threads classify 100,000 texts through one Classifier, each its own share in lists
+of another length, and every logit is held against a serial run. Writes benchmarks/results/streaming.json.
 
 Usage: python benchmarks/streaming.py [DEMO_FOLDER], after `make demo`.
 """
