@@ -23,8 +23,8 @@ from distill.export.onnx import export_fp32, fuse, shorten
 from distill.export.quantization import Setting, quantize
 from onnx import TensorProto, helper, numpy_helper
 
+from distill.engine import SLOW_FUSIONS
 from distill.latency import cpu_name
-from distill.runtime import SLOW_FUSIONS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LAYERS, WIDTH, INNER, HEADS = 2, 384, 1536, 12

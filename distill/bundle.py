@@ -39,8 +39,12 @@ class Bundle(Protocol):
         """An ONNX file as onnxruntime takes it: its bytes, or its path where its weights lie beside it."""
 
 
-def open_bundle(place: str | Path) -> Bundle:
+def open_bundle(place: str | Path, sealed: bool = True) -> Bundle:
     """Open a folder or a single file.
+
+    Args:
+        place: the folder or file.
+        sealed: check the SHA-256 of all that is read; only a folder under construction has none.
 
     Raises:
         DistillError: naming the file that is missing, truncated, or not what `distill export` wrote.
@@ -50,7 +54,7 @@ def open_bundle(place: str | Path) -> Bundle:
         return _File(place)
     if not place.is_dir():
         raise DistillError(f"{place}: no such folder; name one that `distill export` wrote")
-    return _Folder(place)
+    return _Folder(place, sealed)
 
 
 def seal_manifest(content: Mapping[str, Any]) -> str:
@@ -73,16 +77,14 @@ def _parse_manifest(content: bytes, place: Path) -> dict[str, Any]:
 
 
 class _Folder:
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, place: Path, sealed: bool) -> None:
+        self.place, self._sealed = place, sealed
         path = place / MANIFEST
         if not path.is_file():
             raise DistillError(f"{path}: no such file; name a folder that `distill export` wrote")
         self.manifest = _parse_manifest(path.read_bytes(), place)
-        seal = self.manifest.get(_SEAL)
-        if seal and seal != seal_manifest(self.manifest):
+        if sealed and self.manifest.get(_SEAL) != seal_manifest(self.manifest):
             raise DistillError(f"{path}: changed since it was written; {_AGAIN}")
-        # A bundle under construction has no hashes yet.
         self._hashes: dict[str, str] = self.manifest.get("files", {})
 
     def read(self, name: str) -> bytes | None:
@@ -94,7 +96,7 @@ class _Folder:
         return None
 
     def _checked(self, name: str, content: bytes) -> bytes:
-        if self._hashes and self._hashes.get(name) != hashlib.sha256(content).hexdigest():
+        if self._sealed and self._hashes.get(name) != hashlib.sha256(content).hexdigest():
             raise DistillError(f"{self.place / name}: changed since it was written; {_AGAIN}")
         return content
 

@@ -20,10 +20,15 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 SLOW_FUSIONS = {"cpu": ["SkipLayerNormFusion"], "cuda": []}
 BATCH_TOKENS = 16_384  # padded, in a batch on a GPU
 PADDED_TO = 8  # lengths that suit tensor cores
+BLOCK = 8192  # texts whose tokens are held at once
 
 
-def choose_provider(wanted: str, files: dict[str, str]) -> str:
-    """Return "cpu" or "cuda".
+class ProviderError(DistillError):
+    """A provider that would not really be used."""
+
+
+def choose_provider(wanted: str, files: dict[str, str]) -> tuple[str, str]:
+    """Return "cpu" or "cuda", and why.
 
     Args:
         wanted: one of them, or "auto": CUDA where this onnxruntime has it.
@@ -36,11 +41,13 @@ def choose_provider(wanted: str, files: dict[str, str]) -> str:
         raise DistillError(f"provider {wanted!r}: unknown; use auto, cpu or cuda")
     available = onnxruntime.get_available_providers()
     if wanted == "auto":
-        return "cuda" if "cuda" in files and PROVIDERS["cuda"] in available else "cpu"
+        if PROVIDERS["cuda"] not in available:
+            return "cpu", "this onnxruntime has no CUDA provider"
+        return ("cuda", "it is there") if "cuda" in files else ("cpu", "the bundle has no file for CUDA")
     if PROVIDERS[wanted] not in available:
         raise DistillError(f"provider {wanted!r}: this onnxruntime has only {', '.join(available)}; "
                            "install onnxruntime-gpu in place of onnxruntime")  # fmt: skip
-    return wanted
+    return wanted, "it was asked for"
 
 
 class Engine:
@@ -64,8 +71,12 @@ class Engine:
         """
         files: dict[str, str] = parts.manifest["details"]["files"]
         self.provider = provider
-        self.file: str = file or files.get(provider) or files.get("fp32", "")
+        if file is None and provider not in files:
+            raise ProviderError(f"provider {provider!r}: {parts.place} holds no file for it; open the folder "
+                                "that `distill export` wrote")  # fmt: skip
+        self.file: str = file or files[provider]
         self._tokenizer, self._padding = _open_tokenizer(parts)
+        self._max_length: int = parts.manifest["max_length"]
         self._session = _open_session(parts, self.file, provider)
         self._inputs = [node.name for node in self._session.get_inputs()]
         self._output = self._session.get_outputs()[0].name
@@ -93,8 +104,12 @@ class Engine:
 
         Inputs and outputs are bound to the provider's device, so that one copy goes there and one comes back.
         """
+        blocks = [texts[start : start + BLOCK] for start in range(0, len(texts), BLOCK)]
+        return np.concatenate([self._block_logits(block) for block in blocks])
+
+    def _block_logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
         encodings = self._tokenizer.encode_batch(list(texts))
-        lengths = np.array([len(encoding.ids) for encoding in encodings], dtype=np.int64)
+        lengths = np.array([self._rounded(len(encoding.ids)) for encoding in encodings], dtype=np.int64)
         found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
         for rows in _batches(lengths):
             binding = self._session.io_binding()
@@ -110,9 +125,13 @@ class Engine:
             logits[rows] = part
         return logits
 
+    def _rounded(self, length: int) -> int:
+        """Tokens that a text takes with its padding, never more than the model has positions for."""
+        return min(-(-max(1, length) // PADDED_TO) * PADDED_TO, max(length, self._max_length))
+
     def _padded(self, encodings: Sequence[Encoding]) -> dict[str, NDArray[np.int64]]:
-        longest = max(1, *(len(encoding.ids) for encoding in encodings))
-        shape = (len(encodings), -(-longest // PADDED_TO) * PADDED_TO)
+        longest = max(len(encoding.ids) for encoding in encodings)
+        shape = (len(encodings), self._rounded(longest))
         columns = {
             "input_ids": np.full(shape, self._padding, dtype=np.int64),
             "attention_mask": np.zeros(shape, dtype=np.int64),
@@ -127,12 +146,11 @@ class Engine:
 
 
 def _batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Rows of each batch; none holds more than `BATCH_TOKENS`, padding counted, unless one text does."""
+    """Rows of each batch, the longest first; none holds more than `BATCH_TOKENS`, unless one text does."""
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
-        longest = -(-max(1, int(lengths[order[start]])) // PADDED_TO) * PADDED_TO
-        rows = order[start : start + max(1, BATCH_TOKENS // longest)]
+        rows = order[start : start + max(1, BATCH_TOKENS // int(lengths[order[start]]))]
         yield rows
         start += len(rows)
 
@@ -153,7 +171,7 @@ def _open_tokenizer(parts: Bundle) -> tuple[Tokenizer, int]:
 def _open_session(parts: Bundle, file: str, provider: str) -> Any:
     files = parts.manifest["details"]["files"]
     if provider == "cuda" and file == files.get("cpu") != files.get("fp32"):
-        raise DistillError(
+        raise ProviderError(
             f"provider 'cuda': {parts.place / file} is INT8 for the CPU, which CUDA has no kernels for; use "
             f"{files.get('cuda')}, or `distill export --provider cuda`"
         )
@@ -170,10 +188,11 @@ def _open_session(parts: Bundle, file: str, provider: str) -> Any:
             model, options, providers=[name], disabled_optimizers=SLOW_FUSIONS[provider]
         )
     except Exception as error:  # onnxruntime's own kinds share no base class but Exception
-        raise DistillError(
+        kind = ProviderError if provider == "cuda" else DistillError
+        raise kind(
             f"{parts.place / file}: onnxruntime cannot open it: {str(error).splitlines()[0]}; export it again"
         ) from error
     if session.get_providers()[0] != name:
-        raise DistillError(f"provider {provider!r}: fell back to {session.get_providers()[0]}; "
+        raise ProviderError(f"provider {provider!r}: fell back to {session.get_providers()[0]}; "
                            "check that its CUDA and cuDNN libraries are installed")  # fmt: skip
     return session

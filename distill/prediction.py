@@ -123,7 +123,8 @@ def predict(
 ) -> None:
     """Classify texts from SOURCE: a CSV, TSV, JSONL or Parquet file, or - for standard input.
 
-    Every row comes back with `prediction` and `score` added, as the texts arrive.
+    Every row comes back with `prediction` and `score` added, in order. Rows are read ahead: an answer is
+    written when the next row is there, and at once with --threads 1.
     """
     from distill.runtime import Classifier
 

@@ -8,20 +8,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.bundle import open_bundle
-from distill.engine import Engine, Text, choose_provider
+from distill.bundle import Bundle, open_bundle
+from distill.engine import Engine, ProviderError, Text, choose_provider
 from distill.errors import DistillError
+from distill.files import SURROGATE
 from distill.metrics import softmax
 
 logger = logging.getLogger(__name__)
 STREAM_BATCH = 4096  # texts that a stream gives a GPU at once
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
@@ -45,7 +47,7 @@ class Classifier:
 
     def __init__(
         self,
-        bundle: str | Path,
+        bundle: str | Path | Bundle,
         provider: str = "auto",
         file: str | None = None,
         threads: int | None = None,
@@ -54,7 +56,8 @@ class Classifier:
         """Open a bundle.
 
         Args:
-            bundle: folder that `distill export` wrote, or the single file of `--single-file`.
+            bundle: folder that `distill export` wrote, or the single file of `--single-file`; or one that
+                `open_bundle` opened.
             provider: "cpu", "cuda" (fails if CUDA is not really used) or "auto".
             file: an ONNX file inside the bundle, in place of the provider's.
             threads: texts in flight at once; the number of cores when left out.
@@ -66,26 +69,33 @@ class Classifier:
             DistillError: if a file of the bundle is missing or is not the one that was exported, or if the
                 provider cannot be used.
         """
-        parts = open_bundle(bundle)
+        if threads is not None and threads < 1:
+            raise DistillError(f"threads={threads}: must be at least 1")
+        parts = open_bundle(bundle) if isinstance(bundle, str | Path) else bundle
         details = parts.manifest["details"]
         self.labels: list[str] = parts.manifest["labels"]
         self.max_length: int = parts.manifest["max_length"]
-        self._threads = threads or _cores()
+        self._threads = threads or cores()
         # Threads start when they are first needed.
         self._pool = ThreadPoolExecutor(self._threads, "distill")
-        chosen = choose_provider(provider, details["files"])
+        _ALIVE.add(self)
+        chosen, reason = choose_provider(provider, details["files"])
         try:
             self._engine = Engine(parts, chosen, file)
-        except DistillError as error:
-            if provider != "auto" or chosen == "cpu":
+        except ProviderError as error:
+            if provider != "auto":
                 raise
             logger.warning("%s; using the CPU", error)
-            self._engine = Engine(parts, "cpu", file)
+            self._engine, reason = Engine(parts, "cpu", file), "CUDA cannot be used"
         self.provider, self.file = self._engine.provider, self._engine.file
         fitted: dict[str, float] = details.get("temperature", {})
         self.temperature = fitted.get(self.file, 1.0) if calibrated else 1.0
         if provider == "auto":
-            logger.info("%s: %s on %s", parts.place, self.file, self.provider)
+            logger.info("%s: %s on %s: %s", parts.place, self.file, self.provider, reason)
+
+    def renew_pool(self) -> None:
+        """Start anew without threads, as in a process that was forked."""
+        self._pool = ThreadPoolExecutor(self._threads, "distill")
 
     def logits(self, text: Text) -> NDArray[np.float32]:
         """Logits of one text (or pair of texts), shape (classes,)."""
@@ -96,11 +106,15 @@ class Classifier:
         return self._engine.outputs(text)
 
     def stream_logits(self, texts: Iterable[Text]) -> Iterator[NDArray[np.float32]]:
-        """Logits of each text in order; takes in only as many texts ahead as keeps the threads busy."""
+        """Logits of each text in order, for streams that fit no memory.
+
+        Texts are read ahead, to keep the threads busy: 4 a thread, 4,096 on CUDA. An answer comes when the
+        next text is there or the stream ends; a producer that waits for each needs `threads=1`, or `logits`.
+        """
+        texts = _each_checked(texts)
         if self.provider == "cuda":
-            texts = iter(texts)
             while batch := list(islice(texts, STREAM_BATCH)):
-                yield from self._engine.batched_logits(_checked(batch))
+                yield from self._engine.batched_logits(batch)
             return
         if self._threads == 1:
             yield from map(self.logits, texts)
@@ -114,12 +128,12 @@ class Classifier:
             yield waiting.popleft().result()
 
     def stream_proba(self, texts: Iterable[Text]) -> Iterator[NDArray[np.float64]]:
-        """Probabilities of each text in order, shape (classes,), for streams that fit no memory."""
+        """Probabilities of each text in order, shape (classes,), as `stream_logits` gives logits."""
         return map(self.probabilities, self.stream_logits(texts))
 
     def predict_logits(self, texts: Iterable[Text]) -> NDArray[np.float32]:
         """Logits, shape (n, classes)."""
-        texts = _checked(texts)
+        texts = list(_each_checked(texts))
         if self.provider == "cuda" and texts:
             return self._engine.batched_logits(texts)
         logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
@@ -197,11 +211,30 @@ def _characters(text: Text) -> int:
     return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
 
 
-def _checked(texts: Iterable[Text]) -> list[Text]:
+def _each_checked(texts: Iterable[Text]) -> Iterator[Text]:
     if isinstance(texts, str):
         raise DistillError("texts: a single string; give a list of strings, as in predict([text])")
-    listed = list(texts)
-    for index, text in enumerate(listed):
-        if not isinstance(text, str) and not (isinstance(text, tuple) and len(text) == 2):
-            raise DistillError(f"texts[{index}]: {type(text).__name__} instead of a string or a pair of them")
-    return listed
+    for index, text in enumerate(texts):
+        parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
+        for part in parts:
+            if not isinstance(part, str):
+                kind = type(part).__name__
+                raise DistillError(f"texts[{index}]: {kind} instead of a string or a pair of them")
+            if not part.isascii() and SURROGATE.search(part):
+                raise DistillError(
+                    f"texts[{index}]: half of a character (a lone surrogate) in it; take it out"
+                )
+        yield text
+
+
+# After a fork the child has no threads: a pool of the parent's would wait for ever.
+_ALIVE: WeakSet[Classifier] = WeakSet()
+
+
+def _renew_pools() -> None:
+    for classifier in _ALIVE:
+        classifier.renew_pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_pools)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -24,17 +25,27 @@ from distill.engine import Text
 from distill.errors import DistillError
 from distill.files import TEXT_COLUMNS, find_column, read_rows
 from distill.latency import cpu_name
-from distill.runtime import Classifier
+from distill.runtime import Classifier, cores
 
 logger = logging.getLogger(__name__)
 MIN_ROUNDS = 6  # the same version first in all of them has a chance of 1 in 32, if both are equal
 WARM_UP = 5
+READ_ROWS = 100_000  # of a file, to take texts from
 # A version as functions of one text and of many.
 Runs = tuple[Callable[[Text], object], Callable[[list[Text]], object]]
 MEMORY_TEXTS = 50
 # What an application would write; it prints "answered", and in the end its peak of resident memory.
+PEAK = """
+def peak():  # in MB; ru_maxrss would count the process that started this one too
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+    except OSError:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+"""
 ONNX_PROBE = """
-import json, resource, sys
+import json, sys
 from distill import Classifier
 given = json.load(sys.stdin)
 classifier = Classifier(given["folder"], provider=given["provider"], file=given["file"], threads=1)
@@ -42,10 +53,10 @@ texts = [tuple(text) if isinstance(text, list) else text for text in given["text
 classifier.predict(texts[:1])
 print("answered", flush=True)
 classifier.predict(texts)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak())
 """
 PYTORCH_PROBE = """
-import json, resource, sys
+import json, sys
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 given = json.load(sys.stdin)
@@ -57,7 +68,7 @@ with torch.inference_mode():
         model(**tokenizer(*parts, truncation=True, return_tensors="pt"))
         if number == 0:
             print("answered", flush=True)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak())
 """
 
 
@@ -68,6 +79,7 @@ class BenchmarkOptions:
     Attributes:
         source: file with texts; the test texts of the bundle's own data when left out.
         text_column: of the file; found by its usual names when left out.
+        text_pair_column: of the file, for pairs.
         export: folder of `distill export`.
         teacher: folder of `distill train-teacher`; left out of the benchmark if it is not there.
         student: folder of `distill train-student`; likewise.
@@ -81,6 +93,7 @@ class BenchmarkOptions:
 
     source: Path | None = None
     text_column: str | None = None
+    text_pair_column: str | None = None
     export: Path = Path("runs/export")
     teacher: Path = Path("runs/teacher")
     student: Path = Path("runs/student")
@@ -112,10 +125,10 @@ class Subject:
 
     @property
     def size(self) -> int:
-        """Bytes of the file with the weights, or of all of them where they are in shards."""
+        """Bytes of the weights, in one file or in several."""
         path = self.folder / self.file
-        weights = [path] if path.is_file() else self.folder.glob("model-*.safetensors")
-        return sum(path.stat().st_size for path in weights)
+        weights = [path, path.with_name(f"{path.name}_data"), *self.folder.glob("model-*.safetensors")]
+        return sum(path.stat().st_size for path in weights if path.is_file())
 
     def open(self, labels: list[str], threads: int | None) -> Runs:
         """Functions of one text and of many."""
@@ -132,24 +145,24 @@ class Subject:
         """Seconds from starting Python to the first answer, and the process' peak memory in MB."""
         given = {**asdict(self), "folder": str(self.folder), "texts": texts}
         code = PYTORCH_PROBE if self.provider == "pytorch" else ONNX_PROBE
-        started = time.perf_counter()
-        with subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            assert process.stdin and process.stdout and process.stderr
-            process.stdin.write(json.dumps(given))
-            process.stdin.close()
-            answered = process.stdout.readline()
-            seconds = time.perf_counter() - started
-            peak = process.stdout.read()
+        # Files, since a pipe that nobody reads would stop the process.
+        with TemporaryFile("w+") as stdin, TemporaryFile("w+") as stderr:
+            stdin.write(json.dumps(given))
+            stdin.seek(0)
+            started = time.perf_counter()
+            with subprocess.Popen(
+                [sys.executable, "-P", "-c", PEAK + code],
+                stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, text=True,
+            ) as process:  # fmt: skip
+                assert process.stdout
+                answered = process.stdout.readline()
+                seconds = time.perf_counter() - started
+                peak = process.stdout.read()
             if answered.strip() != "answered" or not peak.strip():
-                reason = (process.stderr.read().strip().splitlines() or ["no reason given"])[-1]
+                stderr.seek(0)
+                reason = (stderr.read().strip().splitlines() or ["no reason given"])[-1]
                 raise DistillError(f"{self.name}: could not be run in a process of its own: {reason}")
-        return seconds, int(peak) / 1024
+        return seconds, float(peak)
 
 
 def subjects(options: BenchmarkOptions) -> list[Subject]:
@@ -159,13 +172,20 @@ def subjects(options: BenchmarkOptions) -> list[Subject]:
         DistillError: if the bundle is missing.
     """
     manifest = read_manifest(options.export, "export", "--export")
-    found = []
-    for name, folder in (("teacher", options.teacher), ("student", options.student)):
-        if folder.is_dir():
-            length = read_manifest(folder, f"train-{name}", f"--{name}").max_length
-            found.append(Subject(name, folder, "model.safetensors", "pytorch", length))
-        else:
+    found: list[Subject] = []
+    child, made_of = options.export, manifest.parents[0]["manifest_sha256"]
+    for name, folder in (("student", options.student), ("teacher", options.teacher)):
+        if not folder.is_dir():
             logger.info("No folder %s: the %s is left out", folder, name)
+            break
+        stage = read_manifest(folder, f"train-{name}", f"--{name}")
+        if manifest_hash(folder) != made_of:
+            raise DistillError(
+                f"--{name} {folder}: {child} was not made from the one of now; name the right folder, or one "
+                "that does not exist to leave it out"
+            )
+        found.insert(0, Subject(name, folder, "model.safetensors", "pytorch", stage.max_length))
+        child, made_of = folder, stage.parents[0]["manifest_sha256"] if stage.parents else ""
     files: dict[str, str] = {"onnx-fp32": manifest.details["files"]["fp32"]}
     if options.provider == "cpu":
         files["int8"] = manifest.details["files"]["cpu"]
@@ -186,19 +206,25 @@ def _texts(options: BenchmarkOptions) -> list[Text]:
 
         manifest = read_manifest(options.export, "export", "--export")
         texts: list[Text] = list(texts_of(reload_data(manifest.data, manifest.labels).splits["test"]))
-        return texts[:: max(1, len(texts) // options.texts)][: options.texts]
-    name, column = str(options.source), None
+        return _spread(texts, options.texts)
+    name, column, pair = str(options.source), None, options.text_pair_column
     found: list[Text] = []
-    for number, row in islice(read_rows(options.source), options.texts):
+    for number, row in islice(read_rows(options.source), READ_ROWS):
         column = column or find_column(name, list(row), options.text_column, TEXT_COLUMNS, "--text-column")
-        if not isinstance(row.get(column), str):
-            raise DistillError(
-                f"{name}, row {number}: no text in column {column!r}; found {row.get(column)!r}"
-            )
-        found.append(row[column])
+        for wanted in filter(None, (column, pair)):
+            if not isinstance(row.get(wanted), str):
+                raise DistillError(
+                    f"{name}, row {number}: no text in column {wanted!r}; found {row.get(wanted)!r}"
+                )
+        found.append((row[column], row[pair]) if pair else row[column])
     if not found:
         raise DistillError(f"{name}: no text in it; give a file with at least one")
-    return found
+    return _spread(found, options.texts)
+
+
+def _spread(texts: list[Text], count: int) -> list[Text]:
+    """`count` of the texts, evenly from beginning to end."""
+    return [texts[len(texts) * number // count] for number in range(count)] if len(texts) > count else texts
 
 
 def measure_rounds(
@@ -297,6 +323,7 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
         "cpu": cpu_name(),
         "texts": len(texts),
         "rounds": options.rounds,
+        "threads": options.threads or cores(),
         "versions": rows,
         "not_told_apart": [
             [first, second]
@@ -361,7 +388,7 @@ def render(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{result['texts']} texts, {result['rounds']} rounds, {result['cpu']}.",
-        "Latency: one text at a time, one thread. texts/s: all cores. "
+        f"Latency: one text at a time, one thread. texts/s: {result['threads']} threads. "
         "cold: from starting Python to the first answer.",
     ]
     lines += [

@@ -37,7 +37,8 @@ from distill.options import POSITIVE, output_options, show_stage
 def export(as_json: bool, output: Path, **options: Any) -> None:
     """Write the student as an ONNX bundle, checked against PyTorch on validation text.
 
-    With --int8 several quantization settings are tried; the fastest that loses at most --max-drop is kept.
+    With --int8 several quantization settings are tried; of those that lose at most --max-drop and are about
+    as fast as the fastest, the one nearest to fp32 is kept.
     """
     from distill.artifact import check_output, read_manifest
 
@@ -53,6 +54,7 @@ def export(as_json: bool, output: Path, **options: Any) -> None:
 @click.command("benchmark")
 @click.argument("source", required=False, type=click.Path(path_type=Path))
 @click.option("--text-column", help="Column with the text [found by its usual names].")
+@click.option("--text-pair-column", help="Column with a second text, for pairs.")
 @click.option(
     "--export", type=click.Path(path_type=Path), default=Path("runs/export"), help="Folder of export."
 )

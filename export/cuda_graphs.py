@@ -33,8 +33,11 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _aligned(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, NDArray[Any]]]:
+    """The products to quantize; those of an Attention that could not be taken apart are left alone."""
     return [
-        (node, matrix) for node, matrix in products(model) if not any(size % ALIGNED for size in matrix.shape)
+        (node, matrix)
+        for node, matrix in products(model)
+        if node.op_type == "MatMul" and not any(size % ALIGNED for size in matrix.shape)
     ]
 
 
@@ -49,12 +52,12 @@ def separate_attention(fused: onnx.ModelProto) -> onnx.ModelProto:
         if not graph.is_self_attention(node):
             continue
         name, (tokens, weight, bias, *mask) = node.output[0], node.input
-        constants["attention_parts"] = np.array([graph.values[weight].shape[1] // 3] * 3)
+        constants[f"{name}_parts"] = np.array([graph.values[weight].shape[1] // 3] * 3)
         projected = [f"{name}_{part}" for part in ("query", "key", "value")]
         replaced[name] = [
             helper.make_node("MatMul", [tokens, weight], [f"{name}_product"]),
             helper.make_node("Add", [f"{name}_product", bias], [f"{name}_projected"]),
-            helper.make_node("Split", [f"{name}_projected", "attention_parts"], projected, axis=2),
+            helper.make_node("Split", [f"{name}_projected", f"{name}_parts"], projected, axis=2),
             helper.make_node(
                 "MultiHeadAttention", [*projected, "", *mask], [name], domain=CONTRIB, **attributes(node)
             ),
@@ -78,7 +81,8 @@ def quantize_static(separated: onnx.ModelProto, ranges: Mapping[str, NDArray[np.
     model = to_fp16(separated)
     readers: dict[str, list[tuple[onnx.NodeProto, NDArray[Any]]]] = defaultdict(list)
     for node, matrix in _aligned(model):
-        readers[node.input[0]].append((node, matrix.astype(np.float32)))
+        if node.input[0] in ranges:
+            readers[node.input[0]].append((node, matrix.astype(np.float32)))
     constants: dict[str, Any] = {}
     replaced: dict[str, list[onnx.NodeProto]] = {}
     for name, users in readers.items():

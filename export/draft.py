@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.artifact import Manifest
+from distill.bundle import open_bundle
 from distill.data import Data, texts_of
 from distill.engine import Text
 from distill.latency import measure
@@ -39,7 +40,8 @@ class Draft:
     def open(self, file: str | Path, threads: int | None = None, provider: str = "cpu") -> Classifier:
         """Open one of its files, named by its path or relative to the folder."""
         name = file.relative_to(self.folder).as_posix() if isinstance(file, Path) else file
-        return Classifier(self.folder, provider=provider, file=name, threads=threads)
+        bundle = open_bundle(self.folder, sealed=False)
+        return Classifier(bundle, provider=provider, file=name, threads=threads)
 
     def logits(self, file: str | Path, split: str) -> NDArray[np.float32]:
         """Logits of a split's texts on the CPU provider, shape (n, classes)."""

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporters' chatter off the screen; their errors still come through as exceptions."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -38,7 +38,7 @@ def export_fp32(student: Path, folder: Path) -> Path:
     from optimum.exporters.onnx import main_export
 
     try:
-        with _quiet():
+        with quiet():
             main_export(
                 str(student), folder, task="text-classification", do_validation=False, no_post_process=True
             )
@@ -89,7 +89,7 @@ def fuse(model: Path, fused: Path, config: Any, provider: str = "cpu") -> bool:
         options.enable_bias_gelu = False
         options.attention_mask_format = AttentionMaskFormat.AttentionMask
     try:
-        with _quiet():
+        with quiet():
             optimized = optimize_model(
                 str(model),
                 kind,

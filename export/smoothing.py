@@ -5,9 +5,6 @@ few INT8 steps to the rest. Dividing each channel j by s_j, and multiplying row 
 the product as it is and spreads the difficulty (https://arxiv.org/abs/2211.10438, formula 4):
 
     s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)
-
-Outliers are removed by it; clipping ranges by percentile, squared error or entropy only trades one error for
-another.
 """
 
 from collections import defaultdict

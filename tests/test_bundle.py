@@ -51,6 +51,26 @@ def test_a_missing_file_is_refused_with_its_name(chain, tmp_path, name):
         Classifier(folder)
 
 
+@pytest.mark.parametrize("gone", [{"sha256": ""}, {"sha256": "", "files": {}}])
+def test_a_manifest_without_its_seal_is_refused(chain, tmp_path, gone):
+    folder = shutil.copytree(chain.export, tmp_path / "b")
+    manifest = json.loads((folder / "distill.json").read_text())
+    (folder / "distill.json").write_text(json.dumps({**manifest, "labels": manifest["labels"][::-1], **gone}))
+    with pytest.raises(DistillError, match=r"distill\.json: changed"):
+        Classifier(folder)
+
+
+def test_damage_is_never_answered_by_another_provider(chain, tmp_path, monkeypatch):
+    import onnxruntime
+
+    folder = shutil.copytree(chain.export, tmp_path / "b")
+    _truncate(folder / "onnx/model.onnx")
+    found = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)
+    with pytest.raises(DistillError, match="onnx/model.onnx: changed"):
+        Classifier(folder)  # auto: the file for CUDA first
+
+
 def test_a_file_swapped_with_another_of_the_bundle_is_refused(chain, tmp_path):
     folder = shutil.copytree(chain.export, tmp_path / "b")
     shutil.copy(folder / "onnx/model.onnx", folder / "onnx/model_quantized.onnx")

@@ -23,12 +23,11 @@ def test_batches_answer_as_single_texts_do_in_their_order(fp32, monkeypatch, tok
 
 def test_batches_hold_the_budget_with_padding_counted_and_each_row_once(monkeypatch):
     monkeypatch.setattr(engine, "BATCH_TOKENS", 100)
-    lengths = np.array([3, 50, 9, 200, 0, 8, 8, 31, 17])
+    lengths = np.array([8, 56, 16, 200, 8, 8, 8, 32, 24])
     batches = list(engine._batches(lengths))
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
     for rows in batches:
-        padded = -(-max(1, lengths[rows].max()) // 8) * 8 * len(rows)
-        assert padded <= 100 or len(rows) == 1
+        assert lengths[rows].max() * len(rows) <= 100 or len(rows) == 1
     assert [len(rows) for rows in batches] == [1, 1, 3, 4]
 
 
@@ -46,3 +45,15 @@ def test_a_classifier_on_cuda_runs_lists_and_streams_in_batches(chain, monkeypat
     np.testing.assert_allclose(list(classifier.stream_logits(iter(TEXTS))), expected, atol=1e-5)
     assert sizes == [43, 7, 7, 7, 7, 7, 7, 1]
     assert classifier.predict([]) == []
+
+
+def test_padding_never_exceeds_the_positions_of_the_model(fp32, monkeypatch):
+    monkeypatch.setattr(engine, "PADDED_TO", 48)  # 64 positions: 96 would be too many
+    long = "lovely " * 200
+    np.testing.assert_allclose(fp32.batched_logits([long, "bad"])[0], fp32.logits(long), atol=1e-5)
+
+
+def test_long_lists_are_encoded_in_blocks(fp32, monkeypatch):
+    expected = fp32.batched_logits(TEXTS)
+    monkeypatch.setattr(engine, "BLOCK", 10)
+    np.testing.assert_allclose(fp32.batched_logits(TEXTS), expected, atol=1e-5)

@@ -13,6 +13,7 @@ from conftest import make_rows
 
 from distill import Classifier, DistillError
 from distill.artifact import read_manifest
+from distill.bundle import open_bundle
 
 TEXTS = [text for text, _ in make_rows(50, seed=3)]
 
@@ -32,12 +33,6 @@ def pipeline(chain):
         chain.export, subfolder="onnx", file_name="model_quantized.onnx"
     )
     return build("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(chain.export))
-
-
-def _unseal(bundle):
-    """Make a bundle look like one under construction, whose files may still change."""
-    manifest = json.loads((bundle / "distill.json").read_text())
-    (bundle / "distill.json").write_text(json.dumps({**manifest, "files": {}, "sha256": ""}))
 
 
 def test_a_process_that_predicts_loads_neither_torch_nor_transformers(chain, tmp_path):
@@ -126,12 +121,14 @@ def test_a_text_that_fails_is_reported_and_leaves_the_classifier_usable(chain, m
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_process_that_was_forked_goes_on_answering(chain):
     code = (
-        "import os, distill\n"
+        "import asyncio, os, distill\n"
         f"c = distill.Classifier({str(chain.export)!r}, threads=2)\n"
         "texts = ['a lovely phone', 'awful'] * 20\n"
         "before = c.predict(texts)\n"
+        "stream = lambda: [c.labels[p.argmax()] for p in c.stream_proba(texts)]\n"
+        "assert stream() == before == asyncio.run(c.apredict(texts))\n"
         "child = os.fork()\n"
-        "if not child: os._exit(0 if c.predict(texts) == before else 3)\n"
+        "if not child: os._exit(0 if c.predict(texts) == stream() == asyncio.run(c.apredict(texts)) == before else 3)\n"
         "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -155,6 +152,16 @@ def test_no_texts_give_no_answers(classifier):
 def test_a_single_string_and_other_types_are_refused(classifier):
     with pytest.raises(DistillError, match="give a list"):
         classifier.predict("lovely")
+    with pytest.raises(DistillError, match="give a list"):
+        next(classifier.stream_proba("lovely"))
+    with pytest.raises(DistillError, match=r"texts\[1\]: int"):
+        classifier.predict(["a", ("a", 3)])
+    with pytest.raises(DistillError, match=r"texts\[0\]: half of a character"):
+        classifier.predict(["\ud800 hello"])
+    with pytest.raises(DistillError, match=r"texts\[3\]: NoneType"):
+        list(classifier.stream_logits(["a", "b", "c", None]))
+    with pytest.raises(DistillError, match=r"threads=0: must be at least 1"):
+        Classifier("anywhere", threads=0)
     with pytest.raises(DistillError, match=r"texts\[1\]: int"):
         classifier.predict(["lovely", 3])
 
@@ -169,8 +176,7 @@ def test_a_text_without_tokens_is_answered(chain, tmp_path):
     settings = json.loads(path.read_text())
     settings["post_processor"] = None
     path.write_text(json.dumps(settings))
-    _unseal(tmp_path / "b")
-    assert np.isfinite(Classifier(tmp_path / "b").logits("")).all()
+    assert np.isfinite(Classifier(open_bundle(tmp_path / "b", sealed=False)).logits("")).all()
 
 
 def test_long_and_empty_texts_are_answered(classifier):

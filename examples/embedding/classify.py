@@ -20,4 +20,6 @@ def main(bundle: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python classify.py BUNDLE < texts.txt")
     main(sys.argv[1])

@@ -9,6 +9,7 @@ DISTILL_THREADS, DISTILL_MAX_WAITING (texts in the queue), DISTILL_TIMEOUT (seco
 """
 
 import asyncio
+import math
 import os
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 from prometheus_client import (
@@ -32,12 +34,23 @@ from pydantic import BaseModel, Field
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from distill import Classifier
+from distill import Classifier, DistillError
 
 MAX_TEXTS = 128  # in a request
 MAX_CHARACTERS = 20_000  # in a text
 MAX_BYTES = 4_000_000  # of a request
 MAX_BATCH = 256  # texts classified together
+
+
+def _number(name: str, default: float) -> float:
+    given = os.environ.get(name, "")
+    try:
+        number = float(given or default)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise DistillError(f"{name}={given}: not a number of at least 0; leave it out for {default:g}")
+    return number
 
 
 @dataclass
@@ -46,9 +59,9 @@ class Settings:
 
     bundle: str = field(default_factory=lambda: os.environ.get("DISTILL_BUNDLE", "runs/export"))
     provider: str = field(default_factory=lambda: os.environ.get("DISTILL_PROVIDER", "auto"))
-    threads: int | None = field(default_factory=lambda: int(os.environ.get("DISTILL_THREADS", 0)) or None)
-    max_waiting: int = field(default_factory=lambda: int(os.environ.get("DISTILL_MAX_WAITING", 1024)))
-    timeout: float = field(default_factory=lambda: float(os.environ.get("DISTILL_TIMEOUT", 5)))
+    threads: int | None = field(default_factory=lambda: int(_number("DISTILL_THREADS", 0)) or None)
+    max_waiting: int = field(default_factory=lambda: int(_number("DISTILL_MAX_WAITING", 1024)))
+    timeout: float = field(default_factory=lambda: _number("DISTILL_TIMEOUT", 5))
 
 
 class Texts(BaseModel):
@@ -71,6 +84,10 @@ class Predictions(BaseModel):
     predictions: list[Prediction]
 
 
+class TooMany(Exception):
+    """A request with more texts than the queue ever holds."""
+
+
 class Overloaded(Exception):
     """More texts wait than the service will hold, or a request waited too long."""
 
@@ -88,8 +105,11 @@ class Batcher:
         """Probabilities, shape (n, classes).
 
         Raises:
+            TooMany: if the queue could never hold them.
             Overloaded: if the queue is full, or the answer did not come in time.
         """
+        if len(texts) > self._max_waiting:
+            raise TooMany(f"{len(texts)} texts; the service takes {self._max_waiting} at once")
         if self.waiting + len(texts) > self._max_waiting:
             raise Overloaded(f"{self.waiting} texts are waiting already; try again later")
         answer: asyncio.Future[NDArray] = asyncio.get_running_loop().create_future()
@@ -129,12 +149,15 @@ class Batcher:
         try:
             found = await self._classifier.apredict_proba(texts)
         except Exception as error:
-            for _, answer in batch:
-                if not answer.done():
-                    answer.set_exception(error)
-            return
-        finally:
+            if len(batch) > 1:  # one request must not fail the others
+                for request in batch:
+                    await self._answer([request])
+                return
             self.waiting -= len(texts)
+            if not batch[0][1].done():
+                batch[0][1].set_exception(error)
+            return
+        self.waiting -= len(texts)
         start = 0
         for texts, answer in batch:
             if not answer.done():
@@ -183,13 +206,18 @@ class Watch:
                 metrics.seconds.observe(time.perf_counter() - started)
             await send(message)
 
-        length = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "")
         app: ASGIApp = self.app
-        if not length.isdigit():
-            app = _problem(411, "send a Content-Length")
+        if not length.isdigit() or "transfer-encoding" in headers:
+            app = _problem(411, "send a Content-Length, and no Transfer-Encoding")
         elif int(length) > MAX_BYTES:
             app = _problem(413, f"{length} bytes; a request may have {MAX_BYTES}")
-        await app(scope, receive, watched)
+        try:
+            await app(scope, receive, watched)
+        except Exception:  # answered with 500 further out
+            metrics.requests.labels(500).inc()
+            raise
 
 
 router = APIRouter()
@@ -227,6 +255,18 @@ async def metrics(request: Request) -> Response:
     return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
+async def too_many(request: Request, error: Exception) -> JSONResponse:
+    """Refuse what could not be answered later either."""
+    return _problem(413, str(error))
+
+
+async def refuse(request: Request, error: Exception) -> JSONResponse:
+    """Say what is wrong with a request, without what it held: that may not even be text."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return _problem(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+
+
 async def shed(request: Request, error: Exception) -> JSONResponse:
     """Answer a request for which there is no room."""
     return _problem(503, str(error), {"Retry-After": "1"})
@@ -253,6 +293,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app = FastAPI(title="distill", lifespan=lifespan)
     app.add_middleware(Watch)
     app.add_exception_handler(Overloaded, shed)
+    app.add_exception_handler(TooMany, too_many)
+    app.add_exception_handler(RequestValidationError, refuse)
     app.include_router(router)
     return app
 

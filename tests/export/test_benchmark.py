@@ -16,18 +16,15 @@ from distill.export.benchmark import (
 from distill import DistillError
 
 
-def _subject(name):
-    def open_(self, labels, threads):
-        pause = {"teacher": 0.004, "student": 0.002}.get(self.name, 0.0005)
-        return (lambda text: time.sleep(pause)), (lambda texts: time.sleep(pause * len(texts) / 2))
-
-    return open_
+def _open(self, labels, threads):
+    pause = {"teacher": 0.004, "student": 0.002}.get(self.name, 0.0005)
+    return (lambda text: time.sleep(pause)), (lambda texts: time.sleep(pause * len(texts) / 2))
 
 
 @pytest.fixture
 def fast(monkeypatch):
     """Versions of a known speed, and no processes."""
-    monkeypatch.setattr(Subject, "open", _subject("any"))
+    monkeypatch.setattr(Subject, "open", _open)
     monkeypatch.setattr(Subject, "probe", lambda self, texts: (0.5 + len(self.name), 100.0))
 
 

@@ -52,10 +52,13 @@ def _ranges(model, folder):
     }
 
 
-def test_fp16_runs_on_cuda_alone_and_answers_as_fp32(fused):
+def test_fp16_runs_on_cuda_alone_and_answers_as_fp32(fused, request):
     model, expected, folder = fused
     half = to_fp16(model)
     assert off_cuda(half) == []
+    if request.node.callspec.params["fused"] in ("bert", "distilbert", "roberta", "electra"):
+        kinds = [node.op_type for node in half.graph.node]
+        assert kinds.count("Attention") + kinds.count("MultiHeadAttention") == 2
     assert any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in half.graph.initializer)
     logits = _logits(half, folder)
     assert logits.dtype == np.float32
@@ -80,6 +83,20 @@ def test_int8_weights_run_on_cuda_alone_and_answer_as_fp32(fused):
     np.testing.assert_allclose(_logits(quantized, folder), expected, atol=0.05 * np.abs(expected).max())
 
 
+def test_an_attention_that_cannot_be_taken_apart_stays(fused):
+    model, _, folder = fused
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    whole = [node for node in copy.graph.node if node.op_type == "Attention"]
+    if not whole:
+        pytest.skip("no fused attention")
+    for node in whole:
+        node.attribute.append(onnx.helper.make_attribute("unidirectional", 1))
+    separated = separate_attention(copy)
+    for quantized in (quantize_static(separated, _ranges(separated, folder)), quantize_weights(separated)):
+        assert sum(node.op_type == "Attention" for node in quantized.graph.node) == len(whole)
+
+
 @pytest.fixture(scope="module")
 def bundle(chain, tmp_path_factory):
     output = tmp_path_factory.mktemp("cuda") / "bundle"
@@ -99,15 +116,23 @@ def test_the_bundle_gets_both_files_and_fp16_is_the_one_for_cuda(bundle):
     found = details["cuda"]
     assert found["measured_ms"] == {}
     assert found["fp16"]["label_agreement"] == 1.0 and found["int8"]["form"] == "static"
+    assert found["fused_attentions"] == 2
+    assert [trial["form"] for trial in found["int8"]["trials"]] == ["static", "weights"]
     assert found["int8"]["agreement_with_cpu_int8"] >= 0.9
     assert set(details["temperature"]) >= {"onnx/model_fp16.onnx", "onnx/model_int8_cuda.onnx"}
 
 
 def test_the_file_that_is_fastest_on_a_gpu_is_taken(chain, tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda, "_latency", lambda draft, files: dict(zip(files, (2.0, 1.0), strict=True)))
+    times = {"onnx/model_fp16.onnx": 2.0, "onnx/model_int8_cuda.onnx": 1.0, "onnx/static.onnx": 1.5,
+             "onnx/weights.onnx": 1.0}  # fmt: skip
+    monkeypatch.setattr(cuda, "_latency", lambda draft, files: {file: times[file] for file in files})
     options = ExportOptions(chain.student, tmp_path / "b", provider=("cuda",), int8=True, max_drop=100.0)
     details = export_student(options).details
     assert details["files"]["cuda"] == "onnx/model_int8_cuda.onnx"
+    assert details["cuda"]["int8"]["form"] == "weights"
+    assert {path.name for path in (tmp_path / "b" / "onnx").iterdir()} == {
+        "model.onnx", "model_fp16.onnx", "model_int8_cuda.onnx",
+    }  # fmt: skip
     assert details["files"]["cpu"] == "onnx/model.onnx"
 
 

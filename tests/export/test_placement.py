@@ -84,3 +84,79 @@ def test_a_number_that_a_kernel_reads_on_the_host_must_not_come_from_the_text():
     constants = [("zero", np.int64(0)), ("one", np.int64(1))]
     found = off_cuda(_graph(nodes, constants=constants))
     assert "Range (y): reads an activation in the host's memory" in found
+
+
+@pytest.mark.parametrize(
+    ("nodes", "reason"),
+    [
+        # An input of the graph beside arithmetic on shapes goes to the CPU with it.
+        (
+            [
+                helper.make_node("Shape", ["ids"], ["shape"]),
+                helper.make_node("Gather", ["shape", "one"], ["length"]),
+                helper.make_node("Less", ["ids", "length"], ["y"]),
+            ],
+            "Less (y): ONNX Runtime puts it on the CPU",
+        ),
+        # Limits are read on the host.
+        (
+            [
+                helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+                helper.make_node("Clip", ["x", "", "most"], ["y"]),
+            ],
+            "Clip (y): reads an activation in the host's memory",
+        ),
+        # No kernel makes this type.
+        ([helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT8E4M3FN)], "not float8e4m3fn"),
+        # What an operator makes that the table lacks is not known, so neither is the kernel of the next.
+        (
+            [
+                helper.make_node("Unheard", ["x"], ["u"], domain="com.microsoft"),
+                helper.make_node("MatMulInteger", ["u", "w"], ["y"]),
+            ],
+            "MatMulInteger (y): the type of what it reads is not known",
+        ),
+        # FP16 with the scale in fp32.
+        (
+            [
+                helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16),
+                helper.make_node("LayerNormalization", ["h", "scale"], ["y"]),
+            ],
+            "LayerNormalization (y): CUDA takes",
+        ),
+        (
+            [
+                helper.make_node(
+                    "MatMulNBits", ["x", "packed", "scale"], ["y"], domain="com.microsoft",
+                    K=32, N=1, bits=3, block_size=32,
+                )
+            ],
+            "MatMulNBits (y): CUDA takes bits 4 or 8, not 3",
+        ),
+        # Operators of ONNX Runtime's own in the standard domain, or of nobody.
+        ([helper.make_node("Unheard", ["x"], ["y"])], "Unheard (y): CUDA has no kernel for it"),
+    ],
+)  # fmt: skip
+def test_what_would_not_run_on_cuda_is_found(nodes, reason):
+    inputs = [("x", TensorProto.FLOAT), ("ids", TensorProto.INT64)]
+    constants = [
+        ("one", np.int64(1)),
+        ("w", np.ones((2, 2), dtype=np.int8)),
+        ("scale", np.ones(1, dtype=np.float32)),
+        ("packed", np.ones((1, 1, 32), dtype=np.uint8)),
+    ]
+    found = off_cuda(_graph(nodes, inputs, constants, opset=19))
+    assert any(reason in entry for entry in found), found
+
+
+def test_arithmetic_on_shapes_may_use_floats_and_any_name_of_the_standard_domain():
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Cast", ["shape"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Mod", ["f", "two"], ["half"], fmod=1),  # not in the table
+        helper.make_node("Cast", ["half"], ["i"], to=TensorProto.INT64),
+        helper.make_node("Reshape", ["x", "i"], ["y"], domain="ai.onnx"),
+    ]
+    model = _graph(nodes, constants=[("two", np.float32(2))])
+    model.opset_import[0].domain = "ai.onnx"
+    assert off_cuda(model) == []

@@ -94,6 +94,21 @@ def test_a_row_of_an_embedding_table_is_exact_to_half_a_step_of_its_own(monkeypa
     assert (np.abs(found - table) <= steps / 2 + 1e-9).all()
 
 
+def test_a_gather_of_columns_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(quantization, "MIN_ROWS", 4)
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Gather", ["table", "ids"], ["y"], axis=1)],
+            "g",
+            [helper.make_tensor_value_info("ids", TensorProto.INT64, [1])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(np.ones((8, 4), dtype=np.float32), "table")],
+        )
+    )
+    quantization._quantize_tables(model)
+    assert [node.op_type for node in model.graph.node] == ["Gather"]
+
+
 def test_every_runtime_computes_the_same_whatever_it_fuses(chain):
 
     path = str(chain.export / "onnx" / "model_quantized.onnx")

@@ -3,7 +3,8 @@
 //   classify BUNDLE [onnx/model_quantized.onnx] < texts.txt
 //
 // Answers each line of standard input with its label, a tab and the label's probability. It reads WordPiece
-// tokenizers (BERT, DistilBERT, MiniLM, MPNet, ELECTRA); ICU gives it the Unicode rules that theirs follow.
+// tokenizers (BERT, DistilBERT, MiniLM, MPNet, ELECTRA); ICU gives it the Unicode rules that theirs follow. A
+// special token that is spelt out in a text, such as "[SEP]", is read as plain text.
 #include <onnxruntime_c_api.h>
 #include <unicode/locid.h>
 #include <unicode/normalizer2.h>
@@ -42,6 +43,8 @@ class Tokenizer {
     const json& normalizer = file.at("normalizer");
     lowercase_ = normalizer.at("lowercase");
     // Left open, it goes with lower case.
+    if (!normalizer.at("clean_text") || !normalizer.at("handle_chinese_chars"))
+      throw std::runtime_error(bundle + "/tokenizer.json: a normalizer that keeps control characters is not read here");
     strip_accents_ = normalizer.at("strip_accents").is_null() ? lowercase_ : normalizer.at("strip_accents").get<bool>();
     const json settings = read_json(bundle + "/tokenizer_config.json");
     first_ = id_of(settings, "cls_token");

@@ -6,6 +6,10 @@ import readline from "node:readline";
 import { env, pipeline } from "@huggingface/transformers";
 
 const [bundle, dtype = "q8"] = process.argv.slice(2);
+if (!bundle) {
+  console.error("usage: node classify.mjs BUNDLE [q8|fp32] < texts.txt");
+  process.exit(2);
+}
 const folder = path.resolve(bundle);
 env.allowRemoteModels = false;
 env.localModelPath = path.dirname(folder);
