@@ -25,6 +25,7 @@ benchmark: install
 	$(BIN)/python benchmarks/int8_ceiling.py
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/service.py
+	$(BIN)/python benchmarks/cuda.py
 	$(BIN)/python benchmarks/explanations.py
 
 # ORT: an unpacked release of ONNX Runtime, for the C++ example; left out without it.

@@ -109,6 +109,10 @@ def _kernel(
     made, version = (None, 1) if domain else _standard(node, given, opsets)
     if entry is None or version is None:
         return made or unknown, "CUDA has no kernel for it"
+    if made is None:  # what a kernel for any type would make
+        parameters, results = entry["signatures"][0]
+        bound, _ = _bind({}, parameters, given)
+        unknown = [one if one.islower() else bound.get(one, "") for one in results][: len(unknown)]
     if "" in given:
         return made or unknown, "the type of what it reads is not known"
     for attribute in node.attribute:
