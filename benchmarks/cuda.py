@@ -1,9 +1,9 @@
 """The files for CUDA against those for the CPU: labels, accuracy, and where there is a GPU, speed.
 
 The demo's student is exported for both providers. Every node is held against the CUDA provider's kernels;
-labels and macro-F1 on the test split are computed on the CPU provider, or on the GPU where there is one. There
-each file, and the student in PyTorch in FP16, is timed too. Writes benchmarks/results/cuda.json, or with a GPU
-cuda_NAME.json.
+labels and macro-F1 on the test split are computed on the CPU provider, or on the GPU where there is one.
+There each file, and the student in PyTorch in FP16, is timed too. Writes benchmarks/results/cuda.json, or
+with a GPU cuda_NAME.json.
 
 Usage: python benchmarks/cuda.py [DEMO_FOLDER], after `make demo`.
 """

@@ -6,18 +6,16 @@ hits all alike; two versions count as different only if the same one is faster i
 
 import json
 import logging
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
-from distill.export.benchmark_figure import draw
+from distill.export.benchmark_rendering import draw, render
+from distill.export.cold_start import cold_start
 from numpy.typing import NDArray
 
 from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest
@@ -34,42 +32,6 @@ READ_ROWS = 100_000  # of a file, to take texts from
 # A version as functions of one text and of many.
 Runs = tuple[Callable[[Text], object], Callable[[list[Text]], object]]
 MEMORY_TEXTS = 50
-# What an application would write; it prints "answered", and in the end its peak of resident memory.
-PEAK = """
-def peak():  # in MB; ru_maxrss would count the process that started this one too
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
-    except OSError:
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
-"""
-ONNX_PROBE = """
-import json, sys
-from distill import Classifier
-given = json.load(sys.stdin)
-classifier = Classifier(given["folder"], provider=given["provider"], file=given["file"], threads=1)
-texts = [tuple(text) if isinstance(text, list) else text for text in given["texts"]]
-classifier.predict(texts[:1])
-print("answered", flush=True)
-classifier.predict(texts)
-print(peak())
-"""
-PYTORCH_PROBE = """
-import json, sys
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-given = json.load(sys.stdin)
-model = AutoModelForSequenceClassification.from_pretrained(given["folder"]).eval()
-tokenizer = AutoTokenizer.from_pretrained(given["folder"])
-with torch.inference_mode():
-    for number, text in enumerate(given["texts"]):
-        parts = text if isinstance(text, list) else [text]
-        model(**tokenizer(*parts, truncation=True, return_tensors="pt"))
-        if number == 0:
-            print("answered", flush=True)
-print(peak())
-"""
 
 
 @dataclass(frozen=True)
@@ -140,29 +102,6 @@ class Subject:
         from distill.models import open_pytorch
 
         return open_pytorch(self.folder, labels, self.max_length, f"--{self.name}", threads)
-
-    def probe(self, texts: Sequence[Text]) -> tuple[float, float]:
-        """Seconds from starting Python to the first answer, and the process' peak memory in MB."""
-        given = {**asdict(self), "folder": str(self.folder), "texts": texts}
-        code = PYTORCH_PROBE if self.provider == "pytorch" else ONNX_PROBE
-        # Files, since a pipe that nobody reads would stop the process.
-        with TemporaryFile("w+") as stdin, TemporaryFile("w+") as stderr:
-            stdin.write(json.dumps(given))
-            stdin.seek(0)
-            started = time.perf_counter()
-            with subprocess.Popen(
-                [sys.executable, "-P", "-c", PEAK + code],
-                stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, text=True,
-            ) as process:  # fmt: skip
-                assert process.stdout
-                answered = process.stdout.readline()
-                seconds = time.perf_counter() - started
-                peak = process.stdout.read()
-            if answered.strip() != "answered" or not peak.strip():
-                stderr.seek(0)
-                reason = (stderr.read().strip().splitlines() or ["no reason given"])[-1]
-                raise DistillError(f"{self.name}: could not be run in a process of its own: {reason}")
-        return seconds, float(peak)
 
 
 def subjects(options: BenchmarkOptions) -> list[Subject]:
@@ -289,8 +228,9 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
     probes = {}
     for subject in found:
         logger.info("Cold start: %s", subject.name)
-        subject.probe(texts[:1])  # the first run reads from the disk
-        probes[subject.name] = np.array([subject.probe(texts[:MEMORY_TEXTS]) for _ in range(3)])
+        place = subject.folder, subject.file, subject.provider
+        cold_start(*place, texts[:1])  # the first run reads from the disk
+        probes[subject.name] = np.array([cold_start(*place, texts[:MEMORY_TEXTS]) for _ in range(3)])
     runs = {subject.name: subject.open(bundle.labels, options.threads) for subject in found}
     measured = measure_rounds(runs, texts, options.rounds)
     medians = {name: np.median(times, axis=1) for name, (times, _) in measured.items()}
@@ -346,54 +286,3 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
         (folder / "benchmark.txt").write_text(render(result), encoding="utf-8")
         draw(result, folder / "benchmark.svg")
     return result
-
-
-def render(result: dict[str, Any]) -> str:
-    """The table, and what it does not prove."""
-    header = (
-        "version",
-        "p50 ms",
-        "p95",
-        "p99",
-        "faster",
-        "by round",
-        "texts/s",
-        "cold s",
-        "peak MB",
-        "file MB",
-    )
-    table = [header]
-    for row in result["versions"]:
-        latency, speedup = row["latency_ms"], row["speedup"]
-        table.append(
-            (
-                row["version"],
-                *(f"{latency[name]:.2f}" for name in ("p50", "p95", "p99")),
-                f"{speedup['median']:.1f}x",
-                f"{speedup['low']:.1f}-{speedup['high']:.1f}",
-                f"{row['texts_per_second']['median']:,.0f}",
-                f"{row['cold_start_s']:.2f}",
-                f"{row['peak_memory_mb']:.0f}",
-                f"{row['bytes'] / 1e6:.1f}",
-            )
-        )
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    ]
-    lines += [
-        "",
-        f"{result['texts']} texts, {result['rounds']} rounds, {result['cpu']}.",
-        f"Latency: one text at a time, one thread. texts/s: {result['threads']} threads. "
-        "cold: from starting Python to the first answer.",
-    ]
-    lines += [
-        f"{first} and {second} cannot be told apart: neither was faster in every round. "
-        "Run it on a quieter machine, or with more --rounds and --texts."
-        for first, second in result["not_told_apart"]
-    ]
-    return "\n".join(lines) + "\n"

@@ -88,7 +88,8 @@ def benchmark(as_json: bool, **options: Any) -> None:
     """
     import json
 
-    from distill.export.benchmark import BenchmarkOptions, render, run_benchmark
+    from distill.export.benchmark import BenchmarkOptions, run_benchmark
+    from distill.export.benchmark_rendering import render
 
     result = run_benchmark(BenchmarkOptions(**options))
     click.echo(json.dumps(result) if as_json else render(result), nl=as_json)

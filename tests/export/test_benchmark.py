@@ -8,10 +8,11 @@ from distill.export.benchmark import (
     BenchmarkOptions,
     Subject,
     measure_rounds,
-    render,
     run_benchmark,
     told_apart,
 )
+from distill.export.benchmark_rendering import render
+from distill.export.cold_start import cold_start
 
 from distill import DistillError
 
@@ -25,7 +26,7 @@ def _open(self, labels, threads):
 def fast(monkeypatch):
     """Versions of a known speed, and no processes."""
     monkeypatch.setattr(Subject, "open", _open)
-    monkeypatch.setattr(Subject, "probe", lambda self, texts: (0.5 + len(self.name), 100.0))
+    monkeypatch.setattr(benchmark, "cold_start", lambda folder, file, provider, texts: (4.5, 100.0))
 
 
 def _options(chain, tmp_path, **changes):
@@ -95,11 +96,14 @@ def test_own_texts_are_taken_from_a_file(chain, tmp_path, fast):
 
 @pytest.mark.slow
 def test_cold_start_and_memory_come_from_a_process_of_its_own(chain):
-    subject = Subject("int8", chain.export, "onnx/model_quantized.onnx", "cpu", 64)
-    seconds, megabytes = subject.probe(["lovely", ("a", "b")])
+    seconds, megabytes = cold_start(chain.export, "onnx/model_quantized.onnx", "cpu", ["lovely", ("a", "b")])
     assert 0.05 < seconds < 20 and 30 < megabytes < 1000
-    with pytest.raises(DistillError, match=r"int8: could not be run in a process of its own: .*missing"):
-        Subject("int8", chain.export, "onnx/none.onnx", "cpu", 64).probe(["lovely"])
+    with pytest.raises(
+        DistillError, match=r"none\.onnx: could not be run in a process of its own: .*missing"
+    ):
+        cold_start(chain.export, "onnx/none.onnx", "cpu", ["lovely"])
+    seconds, megabytes = cold_start(chain.student, "model.safetensors", "pytorch", ["lovely", ("a", "b")])
+    assert 0.5 < seconds < 60 and 100 < megabytes < 3000
 
 
 @pytest.mark.slow
