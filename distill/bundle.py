@@ -103,7 +103,8 @@ class _Folder:
     def model(self, name: str) -> bytes | str:
         content = self.read(name)
         if content is None:
-            raise DistillError(f"{self.place / name}: missing from the bundle; {_AGAIN}")
+            there = sorted(file for file in self._hashes if file.endswith(".onnx") and "/" in file)
+            raise DistillError(f"{self.place / name}: not a file of this bundle; it has {', '.join(there)}")
         return content if self.read(f"{name}_data") is None else str(self.place / name)
 
 
@@ -115,7 +116,8 @@ class _File:
         body, seal = self._content[:-length], self._content[-length:]
         if seal != _entry(_SEAL, hashlib.sha256(body).hexdigest()):
             raise DistillError(
-                f"{place}: not what `distill export --single-file` wrote, or changed since; export it again"
+                f"{place}: not what `distill export --single-file` wrote, or changed since; name that file "
+                "or the bundle's folder, or export it again"
             )
         self._parts = dict(_metadata(body))
         self.manifest = _parse_manifest(self._parts[MANIFEST], place)

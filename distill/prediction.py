@@ -88,6 +88,24 @@ def _writer(output: Path | None, form: str) -> Iterator[Callable[[Row], None]]:
                 partial.unlink(missing_ok=True)
 
 
+def _target(source: str, output: Path | None, as_json: bool, overwrite: bool) -> str:
+    """The format to write, after a look at the place."""
+    target = "jsonl" if as_json else (output.suffix.lstrip(".").lower() if output else "csv")
+    if output and output.is_dir():
+        raise DistillError(f"--output {output}: this is a folder; name a file in it")
+    if output and as_json and output.suffix.lower() in (".csv", ".tsv"):
+        raise DistillError(f"--output {output}: --json writes JSON; name a .jsonl file, or leave --json out")
+    if output and target not in ("csv", "tsv", "jsonl"):
+        raise DistillError(f"--output {output}: unknown kind of file; use .csv, .tsv or .jsonl")
+    if output and source != "-" and output.resolve() == Path(source).resolve():
+        raise DistillError(f"--output {output}: this is the file that is read; name another")
+    if output and output.exists() and not overwrite:
+        raise DistillError(f"--output {output}: already there; add --overwrite to replace it")
+    if output and not output.parent.is_dir():
+        raise DistillError(f"--output {output}: no folder {output.parent}; make it first")
+    return target
+
+
 @click.command("predict")
 @click.argument("source", default="-")
 @click.option(
@@ -128,17 +146,7 @@ def predict(
     """
     from distill.runtime import Classifier
 
-    target = "jsonl" if as_json else (output.suffix.lstrip(".").lower() if output else "csv")
-    if output and output.is_dir():
-        raise DistillError(f"--output {output}: this is a folder; name a file in it")
-    if output and as_json and output.suffix.lower() in (".csv", ".tsv"):
-        raise DistillError(f"--output {output}: --json writes JSON; name a .jsonl file, or leave --json out")
-    if output and target not in ("csv", "tsv", "jsonl"):
-        raise DistillError(f"--output {output}: unknown kind of file; use .csv, .tsv or .jsonl")
-    if output and output.exists() and not overwrite:
-        raise DistillError(f"--output {output}: already there; add --overwrite to replace it")
-    if output and not output.parent.is_dir():
-        raise DistillError(f"--output {output}: no folder {output.parent}; make it first")
+    target = _target(source, output, as_json, overwrite)
     if source != "-" and not Path(source).suffix and not Path(source).exists():
         raise DistillError(
             f"{source}: no such file; to classify a text, pipe it in: echo {source!r} | distill predict"

@@ -69,8 +69,8 @@ class Classifier:
             DistillError: if a file of the bundle is missing or is not the one that was exported, or if the
                 provider cannot be used.
         """
-        if threads is not None and threads < 1:
-            raise DistillError(f"threads={threads}: must be at least 1")
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise DistillError(f"threads={threads!r}: must be a whole number of at least 1")
         parts = open_bundle(bundle) if isinstance(bundle, str | Path) else bundle
         details = parts.manifest["details"]
         self.labels: list[str] = parts.manifest["labels"]
@@ -198,6 +198,8 @@ class Classifier:
         top_k = options.pop("top_k", 1)
         if options:
             raise TypeError(f"unknown option {next(iter(options))!r}; Classifier takes top_k")
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise DistillError(f"top_k={top_k}: must be at least 1, or None for all labels")
         single = isinstance(texts, str)
         answers: list[Any] = []
         for row in self.predict_proba([texts] if isinstance(texts, str) else texts):
@@ -214,6 +216,8 @@ def _characters(text: Text) -> int:
 def _each_checked(texts: Iterable[Text]) -> Iterator[Text]:
     if isinstance(texts, str):
         raise DistillError("texts: a single string; give a list of strings, as in predict([text])")
+    if not isinstance(texts, Iterable):
+        raise DistillError(f"texts: {type(texts).__name__} instead of a list of strings")
     for index, text in enumerate(texts):
         parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
         for part in parts:

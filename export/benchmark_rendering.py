@@ -76,6 +76,8 @@ def render(result: dict[str, Any]) -> str:
         f"Latency: one text at a time, one thread. texts/s: {result['threads']} threads. "
         "cold: from starting Python to the first answer.",
     ]
+    if result["texts"] < 100:
+        lines.append("So few texts say little about p95 and p99: give 100 or more.")
     lines += [
         f"{first} and {second} cannot be told apart: neither was faster in every round. "
         "Run it on a quieter machine, or with more --rounds and --texts."

@@ -195,6 +195,7 @@ Labels: {", ".join(manifest.labels)}.
 | test accuracy | {test["accuracy"]:.4f} |
 | parameters | {manifest.parameters:,} |
 | file for the CPU | `{manifest.details["files"]["cpu"]}` |
+| file for CUDA | `{manifest.details["files"]["cuda"]}` |
 
 ```python
 from distill import Classifier

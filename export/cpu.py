@@ -1,5 +1,6 @@
 """The bundle's INT8 file for the CPU: every setting is tried on the student's own text, the best is kept."""
 
+import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,8 @@ from distill.export.verification import compare
 from numpy.typing import NDArray
 
 from distill.errors import DistillError
+
+logger = logging.getLogger(__name__)
 
 
 def write_int8(
@@ -61,6 +64,7 @@ def write_int8(
 
     wanted = draft.macro_f1(reference, "validation")
     chosen, trials = choose(candidates, draft.latency(candidates), scores_of, wanted, max_drop)
+    logger.info("%s: %s", INT8, chosen)
     shutil.move(candidates[chosen], draft.folder / INT8)
     shutil.rmtree(scratch)
     return {"setting": asdict(chosen), "trials": [trial.as_dict() for trial in trials + failed]}

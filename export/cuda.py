@@ -57,22 +57,23 @@ def write_cuda(
     attentions = sum(node.op_type in ("Attention", "MultiHeadAttention") for node in graph.graph.node)
     if not attentions:
         logger.info("ONNX Runtime fuses no attention of %s: it runs as single operators", config.model_type)
-    found: dict[str, Any] = {"fused_attentions": attentions, "fp16": _checked(draft, FP16, reference)}
+    found: dict[str, Any] = {"fused_attentions": attentions, "fp16": _checked(draft, FP16, reference, "FP16")}
     _require_accuracy(found["fp16"], FP16, draft.macro_f1(reference, "validation"), max_drop)
     if int8:
         found["int8"] = _quantized(draft, graph, reference, max_drop)
     files = [entry["file"] for entry in (found["fp16"], found.get("int8")) if entry]
     found["measured_ms"] = _latency(draft, files)
     found["file"] = min(files, key=found["measured_ms"].__getitem__) if found["measured_ms"] else FP16
+    logger.info("CUDA gets %s%s", found["file"], "" if found["measured_ms"] else "; no GPU to measure on")
     return found
 
 
-def _checked(draft: Draft, file: str, reference: NDArray[np.float32]) -> dict[str, Any]:
+def _checked(draft: Draft, file: str, reference: NDArray[np.float32], name: str) -> dict[str, Any]:
     """Hold a file against the kernels and against fp32."""
     require_cuda(onnx.load(draft.folder / file), file)
     logits = draft.logits(file, "validation")
     parity = compare(reference, logits)
-    logger.info("%s against fp32: %s", file, parity)
+    logger.info("CUDA, %s against fp32: %s", name, parity)
     return {"file": file, **asdict(parity), "macro_f1": draft.macro_f1(logits, "validation")}
 
 
@@ -99,7 +100,7 @@ def _quantized(
     for form, model in forms.items():
         file = f"onnx/{form}.onnx"
         onnx.save(model, draft.folder / file)
-        trials.append({"form": form, **_checked(draft, file, reference)})
+        trials.append({"form": form, **_checked(draft, file, reference, f"INT8 {form}")})
     measured = _latency(draft, [trial["file"] for trial in trials])
     held = [trial for trial in trials if 100 * (wanted - trial["macro_f1"]) <= max_drop]
     if not held:
@@ -110,6 +111,7 @@ def _quantized(
         (draft.folder / trial["file"]).unlink(missing_ok=True)
         trial["latency_ms"] = measured.get(trial["file"])
         del trial["file"]
+    logger.info("%s: INT8 %s", INT8_CUDA, best["form"])
     return {**best, "file": INT8_CUDA, "trials": trials}
 
 

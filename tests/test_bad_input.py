@@ -328,7 +328,8 @@ def test_bad_report(kind, here, run, chain):
 PREDICTIONS = {
     "no bundle": (["in.csv"], "runs/export", "`distill export`"),
     "unknown output": (["in.csv", "--output", "o.xml"], "o.xml", "use .csv"),
-    "output there": (["in.csv", "--output", "in.csv"], "in.csv", "add --overwrite"),
+    "output there": (["in.csv", "--output", "odd.csv"], "odd.csv", "add --overwrite"),
+    "output is the input": (["in.csv", "--output", "in.csv", "--overwrite"], "in.csv", "name another"),
     "output is a folder": (["in.csv", "--output", "b", "--overwrite"], "--output b", "name a file"),
     "JSON in a CSV": (["in.csv", "--json", "--output", "o.csv"], "o.csv", ".jsonl"),
     "half a character": (

@@ -103,3 +103,11 @@ def test_dates_become_json_and_probabilities_are_not_overwritten(chain, run, tmp
     path = write_csv(tmp_path / "in.csv", [("lovely", "5")], ("text", "probabilities"))
     assert "already has a column" in run("predict", path, "--bundle", chain.export, "--json").stderr
     assert run("predict", path, "--bundle", chain.export).exit_code == 0
+
+
+def test_the_input_is_never_the_output(chain, run, tmp_path):
+    (tmp_path / "in.csv").write_text("text\nlovely\n")
+    arguments = ["--bundle", chain.export, "--output", tmp_path / "in.csv", "--overwrite"]
+    result = run("predict", tmp_path / "in.csv", *arguments)
+    assert result.exit_code == 1 and "the file that is read" in result.output
+    assert (tmp_path / "in.csv").read_text() == "text\nlovely\n"

@@ -160,7 +160,12 @@ def test_a_single_string_and_other_types_are_refused(classifier):
         classifier.predict(["\ud800 hello"])
     with pytest.raises(DistillError, match=r"texts\[3\]: NoneType"):
         list(classifier.stream_logits(["a", "b", "c", None]))
-    with pytest.raises(DistillError, match=r"threads=0: must be at least 1"):
+    with pytest.raises(DistillError, match="texts: NoneType instead of a list"):
+        classifier.predict(None)
+    for top_k in (0, -1, "all"):
+        with pytest.raises(DistillError, match=f"top_k={top_k}: must be at least 1"):
+            classifier("lovely", top_k=top_k)
+    with pytest.raises(DistillError, match=r"threads=0: must be a whole number of at least 1"):
         Classifier("anywhere", threads=0)
     with pytest.raises(DistillError, match=r"texts\[1\]: int"):
         classifier.predict(["lovely", 3])

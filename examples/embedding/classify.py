@@ -6,7 +6,7 @@ pip install "distill-onnx[cpu]", then: python classify.py BUNDLE < texts.txt
 import json
 import sys
 
-from distill import Classifier
+from distill import Classifier, DistillError
 
 
 def main(bundle: str) -> None:
@@ -22,4 +22,7 @@ def main(bundle: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python classify.py BUNDLE < texts.txt")
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except DistillError as error:
+        sys.exit(str(error))

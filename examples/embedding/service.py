@@ -13,10 +13,10 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -35,21 +35,25 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distill import Classifier, DistillError
+from distill.runtime import cores
 
+Number = TypeVar("Number", int, float)
 MAX_TEXTS = 128  # in a request
 MAX_CHARACTERS = 20_000  # in a text
-MAX_BYTES = 4_000_000  # of a request
+MAX_BYTES = 16_000_000  # of a request
 MAX_BATCH = 256  # texts classified together
 
 
-def _number(name: str, default: float) -> float:
-    given = os.environ.get(name, "")
+def _positive(name: str, default: Number, kind: Callable[[str], Number]) -> Number:
+    given = os.environ.get(name)
+    if not given:
+        return default
     try:
-        number = float(given or default)
+        number = kind(given)
     except ValueError:
-        number = -1.0
-    if not 0 <= number < math.inf:
-        raise DistillError(f"{name}={given}: not a number of at least 0; leave it out for {default:g}")
+        number = kind("0")
+    if not 0 < number < math.inf:
+        raise DistillError(f"{name}={given}: not a number above 0; leave it out for {default:g}")
     return number
 
 
@@ -59,9 +63,9 @@ class Settings:
 
     bundle: str = field(default_factory=lambda: os.environ.get("DISTILL_BUNDLE", "runs/export"))
     provider: str = field(default_factory=lambda: os.environ.get("DISTILL_PROVIDER", "auto"))
-    threads: int | None = field(default_factory=lambda: int(_number("DISTILL_THREADS", 0)) or None)
-    max_waiting: int = field(default_factory=lambda: int(_number("DISTILL_MAX_WAITING", 1024)))
-    timeout: float = field(default_factory=lambda: _number("DISTILL_TIMEOUT", 5))
+    threads: int = field(default_factory=lambda: _positive("DISTILL_THREADS", cores(), int))
+    max_waiting: int = field(default_factory=lambda: _positive("DISTILL_MAX_WAITING", 1024, int))
+    timeout: float = field(default_factory=lambda: _positive("DISTILL_TIMEOUT", 5.0, float))
 
 
 class Texts(BaseModel):
@@ -194,7 +198,7 @@ class Watch:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        if scope["type"] != "http" or scope["path"] != "/predict":
+        if scope["type"] != "http" or scope["path"] != "/predict" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
@@ -264,7 +268,12 @@ async def refuse(request: Request, error: Exception) -> JSONResponse:
     """Say what is wrong with a request, without what it held: that may not even be text."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    return _problem(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    hint = (
+        ""
+        if request.headers.get("content-type") == "application/json"
+        else "; send content-type: application/json"
+    )
+    return _problem(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}{hint}")
 
 
 async def shed(request: Request, error: Exception) -> JSONResponse:
@@ -277,13 +286,18 @@ def _problem(status: int, detail: str, headers: dict[str, str] | None = None) ->
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """Build the application; the bundle is opened when it starts."""
+    """Open the bundle and build the application.
+
+    Raises:
+        DistillError: if the bundle or a setting is wrong.
+    """
     settings = settings or Settings()
+
+    classifier = Classifier(settings.bundle, provider=settings.provider, threads=settings.threads)
+    classifier.predict(["warm up"])
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        classifier = Classifier(settings.bundle, provider=settings.provider, threads=settings.threads)
-        classifier.predict(["warm up"])
         batcher = Batcher(classifier, settings.max_waiting, settings.timeout)
         app.state.classifier, app.state.batcher, app.state.metrics = classifier, batcher, Metrics(batcher)
         worker = asyncio.create_task(batcher.run())
@@ -299,4 +313,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-app = create_app()
+def __getattr__(name: str) -> FastAPI:
+    """Give `app`, made when a server asks for it; what is wrong then is one line."""
+    if name != "app":
+        raise AttributeError(name)
+    try:
+        return create_app()
+    except DistillError as error:
+        given = " ".join(f"{key}={value}" for key, value in os.environ.items() if key.startswith("DISTILL_"))
+        raise SystemExit(f"{error} ({given or 'DISTILL_BUNDLE is not set'})") from None

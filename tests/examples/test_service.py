@@ -68,7 +68,8 @@ def test_sizes_have_limits(client, body, status):
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(client):
     assert client.post("/predict", content=b"x" * (service.MAX_BYTES + 1)).status_code == 413
     assert client.post("/predict", content=iter([b"{}"])).status_code == 411
-    assert client.post("/predict", content=b"not JSON").status_code == 422
+    answer = client.post("/predict", content=b"not JSON")
+    assert answer.status_code == 422 and "content-type" in answer.json()["detail"]
 
 
 class _Slow:
@@ -193,7 +194,21 @@ def test_what_is_no_text_is_refused_and_failures_are_counted(client, monkeypatch
     assert 'distill_requests_total{status="500"} 1.0' in client.get("/metrics").text
 
 
-def test_a_setting_that_is_no_number_is_named(monkeypatch):
-    monkeypatch.setenv("DISTILL_THREADS", "two")
-    with pytest.raises(DistillError, match="DISTILL_THREADS=two"):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("THREADS", "two"), ("THREADS", "1.5"), ("TIMEOUT", "0"), ("TIMEOUT", "inf"), ("MAX_WAITING", "-1")],
+)
+def test_a_setting_that_makes_no_sense_is_named(monkeypatch, name, value):
+    monkeypatch.setenv(f"DISTILL_{name}", value)
+    with pytest.raises(DistillError, match=f"DISTILL_{name}={value}: not a number above 0"):
         Settings()
+
+
+def test_a_server_that_asks_for_the_application_is_told_in_one_line_what_is_wrong(monkeypatch):
+    monkeypatch.setenv("DISTILL_BUNDLE", "nowhere")
+    with pytest.raises(SystemExit, match=r"nowhere: no such folder.*DISTILL_BUNDLE=nowhere"):
+        _ = service.app
+
+
+def test_other_methods_are_told_so(client):
+    assert client.get("/predict").status_code == 405
