@@ -20,6 +20,12 @@ from distill.options import POSITIVE, RATE, SHARE, output_options, show_stage, t
 @click.option(
     "--layers", type=POSITIVE, help="Keep this many layers, evenly spaced [half, without --student]."
 )
+@click.option(
+    "--vocabulary",
+    type=click.IntRange(min=0),
+    help="Keep this many of the training text's most frequent tokens, 0 for all of them, and what spells "
+    "the rest [the checkpoint's].",
+)
 @click.option("--unlabeled", help="File with more texts, which only the teacher labels.")
 @click.option("--temperature", type=RATE, default=2.0, help="Softens teacher and student alike.")
 @click.option("--alpha", type=SHARE, default=0.9, help="Share of the soft labels in the loss.")

@@ -13,10 +13,11 @@ from datasets import Dataset, concatenate_datasets
 from distill.student.architecture import keep_layers
 from distill.student.losses import UNLABELED, distillation_loss
 from distill.student.soft_labels import teacher_logits
+from distill.student.vocabulary import trim_vocabulary
 from transformers import set_seed
 
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
-from distill.data import load_unlabeled, reload_data
+from distill.data import load_unlabeled, reload_data, texts_of
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
@@ -43,6 +44,7 @@ class StudentOptions(TrainingOptions):
     data: str | None = None
     student: str | None = None
     layers: int | None = None
+    vocabulary: int | None = None
     unlabeled: str | None = None
     temperature: float = 2.0
     alpha: float = 0.9
@@ -61,8 +63,8 @@ def _check(options: StudentOptions) -> None:
     choose_precision(choose_device(options.device), options.precision)
 
 
-def _build(options: StudentOptions, teacher: Manifest) -> tuple[Any, Any, int]:
-    """Load the student's checkpoint, with fewer layers if asked; its tokenizer; how many layers it has."""
+def _build(options: StudentOptions, teacher: Manifest, corpus: Dataset) -> tuple[Any, Any, int]:
+    """Load the student's checkpoint, with fewer layers and tokens if asked; its tokenizer; its layers."""
     checkpoint = options.student or str(teacher.options["model"])
     tokenizer = load_tokenizer(checkpoint, min(options.max_length, teacher.max_length), "--student")
     set_seed(options.seed)
@@ -72,6 +74,10 @@ def _build(options: StudentOptions, teacher: Manifest) -> tuple[Any, Any, int]:
         layers = max(1, model.config.num_hidden_layers // 2)
     if layers is not None:
         model = keep_layers(model, layers)
+    if options.vocabulary is not None:
+        before = len(tokenizer)
+        tokenizer = trim_vocabulary(model, tokenizer, texts_of(corpus), options.vocabulary or None)
+        logger.info("Vocabulary: %d of %d tokens", len(tokenizer), before)
     return model, tokenizer, int(model.config.num_hidden_layers)
 
 
@@ -103,7 +109,9 @@ def train_student(options: StudentOptions) -> Manifest:
     columns = Columns(options.text_column or data.columns.text, data.columns.text_pair)
     unlabeled = _unlabeled(options, columns, [data.splits["validation"], data.splits["test"]])
     recipe: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in ("resume", "overwrite")}
-    model, tokenizer, layers = _build(options, teacher)
+    texts = data.splits["train"].remove_columns("label")
+    texts = texts if unlabeled is None else concatenate_datasets([texts, unlabeled])
+    model, tokenizer, layers = _build(options, teacher, texts)
     parent = manifest_hash(options.teacher)
     resume_from = prepare_checkpoints(
         options,
@@ -117,8 +125,6 @@ def train_student(options: StudentOptions) -> Manifest:
         "train-student",
     )
 
-    texts = data.splits["train"].remove_columns("label")
-    texts = texts if unlabeled is None else concatenate_datasets([texts, unlabeled])
     logits = teacher_logits(options.teacher, teacher, texts, options.device, options.precision)
     train = tokenize(_with_soft_labels(data.splits["train"], unlabeled, logits), tokenizer)
     validation = tokenize(data.splits["validation"], tokenizer)
@@ -151,7 +157,7 @@ def train_student(options: StudentOptions) -> Manifest:
         device=trained.device,
         precision=trained.precision,
         wall_seconds=round(time.monotonic() - started, 1),
-        details={"layers": layers},
+        details={"layers": layers, "vocabulary": len(tokenizer)},
     )
     with publish(options.output, manifest, options.overwrite) as folder:
         trained.model.to("cpu").save_pretrained(folder, safe_serialization=True)
