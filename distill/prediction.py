@@ -32,7 +32,20 @@ def _standard_input(form: str) -> Iterator[tuple[int, Row]]:
             yield number, {"text": line.rstrip("\r\n")}
 
 
-def _texts(rows: Iterator[tuple[int, Row]], name: str, column: str | None, pair: str | None) -> Iterator[Any]:
+def texts_of_rows(
+    rows: Iterator[tuple[int, Row]], name: str, column: str | None, pair: str | None
+) -> Iterator[Any]:
+    """The text, or pair of texts, of each row of a file.
+
+    Args:
+        rows: numbers and rows.
+        name: of the file, for error messages.
+        column: with the text; found by its usual names when left out.
+        pair: column with a second text, for pairs.
+
+    Raises:
+        DistillError: naming the row that holds no text.
+    """
     chosen = None
     for number, row in rows:
         chosen = chosen or find_column(name, list(row), column, TEXT_COLUMNS, "--text-column")
@@ -154,7 +167,7 @@ def predict(
     name = "standard input" if source == "-" else source
     rows, again = tee(_standard_input(form or "text") if source == "-" else read_rows(Path(source)))
     classifier = Classifier(bundle, provider=provider, file=file, threads=threads)
-    answers = classifier.stream_logits(_texts(again, name, text_column, text_pair_column))
+    answers = classifier.stream_logits(texts_of_rows(again, name, text_column, text_pair_column))
     added = ("prediction", "score", *(["probabilities"] if as_json else []))
     with _writer(output, target) as write:
         for (_, row), logits in zip(rows, answers, strict=False):

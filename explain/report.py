@@ -59,8 +59,7 @@ def _latency(versions: list[Version], labels: list[str], texts: list[Text], coun
     import torch
 
     sample = texts[:: max(1, len(texts) // count)][:count]
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()  # a PyTorch version sets its own number of them
     try:
         return measure({version.name: open_for_latency(version, labels) for version in versions}, sample)
     finally:

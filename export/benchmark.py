@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest
 from distill.engine import Text
 from distill.errors import DistillError
-from distill.files import TEXT_COLUMNS, find_column, read_rows
+from distill.files import read_rows
 from distill.latency import cpu_name
+from distill.prediction import texts_of_rows
 from distill.runtime import Classifier, cores
 
 logger = logging.getLogger(__name__)
@@ -139,25 +140,16 @@ def subjects(options: BenchmarkOptions) -> list[Subject]:
     return found
 
 
-def _texts(options: BenchmarkOptions) -> list[Text]:
+def _texts(options: BenchmarkOptions, bundle: Manifest) -> list[Text]:
     if options.source is None:
         from distill.data import reload_data, texts_of
 
-        manifest = read_manifest(options.export, "export", "--export")
-        texts: list[Text] = list(texts_of(reload_data(manifest.data, manifest.labels).splits["test"]))
+        texts: list[Text] = list(texts_of(reload_data(bundle.data, bundle.labels).splits["test"]))
         return _spread(texts, options.texts)
-    name, column, pair = str(options.source), None, options.text_pair_column
-    found: list[Text] = []
-    for number, row in islice(read_rows(options.source), READ_ROWS):
-        column = column or find_column(name, list(row), options.text_column, TEXT_COLUMNS, "--text-column")
-        for wanted in filter(None, (column, pair)):
-            if not isinstance(row.get(wanted), str):
-                raise DistillError(
-                    f"{name}, row {number}: no text in column {wanted!r}; found {row.get(wanted)!r}"
-                )
-        found.append((row[column], row[pair]) if pair else row[column])
+    rows = islice(read_rows(options.source), READ_ROWS)
+    found = list(texts_of_rows(rows, str(options.source), options.text_column, options.text_pair_column))
     if not found:
-        raise DistillError(f"{name}: no text in it; give a file with at least one")
+        raise DistillError(f"{options.source}: no text in it; give a file with at least one")
     return _spread(found, options.texts)
 
 
@@ -224,7 +216,7 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
     check_output(options.output, options.overwrite, "benchmark")
     found = subjects(options)
     bundle = read_manifest(options.export, "export", "--export")
-    texts = _texts(options)
+    texts = _texts(options, bundle)
     probes = {}
     for subject in found:
         logger.info("Cold start: %s", subject.name)

@@ -148,19 +148,13 @@ def _fill(folder: Path, exported: Path, options: ExportOptions, manifest: Manife
 def _add_cuda(
     draft: Draft, exported: Path, config: Any, options: ExportOptions, versions: dict[str, Any]
 ) -> None:
-    """Add the files for CUDA; how INT8 there agrees with INT8 on the CPU stands beside."""
-    fp32 = versions["onnx-fp32"]["validation"]
-    found = write_cuda(draft, exported, config, options.int8, fp32, options.max_drop)
+    """Add the files for CUDA, and to the manifest what they are worth."""
+    validation = {name: logits["validation"] for name, logits in versions.items()}
+    found = write_cuda(draft, exported, config, options.int8, validation, options.max_drop)
     details = draft.manifest.details
     details["cuda"], details["files"]["cuda"] = found, found["file"]
-    for name in ("fp16", "int8"):
-        if name in found:
-            file = found[name]["file"]
-            logits = draft.logits(file, "validation")
-            details.setdefault("temperature", {})[file] = fit_temperature(logits, draft.labels["validation"])
-            if name == "int8" and "int8" in versions:
-                agreement = compare(versions["int8"]["validation"], logits).label_agreement
-                found["int8"]["agreement_with_cpu_int8"] = agreement
+    files = [found[name] for name in ("fp16", "int8") if name in found]
+    details["temperature"] = {entry["file"]: entry["temperature"] for entry in files}
 
 
 def _write_single_file(folder: Path, manifest: Manifest) -> None:

@@ -1,6 +1,7 @@
 """The bundle's files for the CUDA provider: which are written, how they are checked, which one is taken."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,25 @@ import numpy as np
 import onnx
 import onnxruntime
 from distill.export.cuda_graphs import quantize_static, quantize_weights, separate_attention, to_fp16
-from distill.export.draft import Draft
+from distill.export.draft import FP32, Draft
 from distill.export.onnx import fuse, shorten
 from distill.export.placement import require_cuda
 from distill.export.smoothing import channel_ranges
 from distill.export.verification import compare
 from numpy.typing import NDArray
 
+from distill.calibration import fit_temperature
 from distill.engine import PROVIDERS
 from distill.errors import DistillError
 
 logger = logging.getLogger(__name__)
 FP16 = "onnx/model_fp16.onnx"
 INT8_CUDA = "onnx/model_int8_cuda.onnx"
+Logits = Mapping[str, NDArray[np.float32]]
 
 
 def write_cuda(
-    draft: Draft, exported: Path, config: Any, int8: bool, reference: NDArray[np.float32], max_drop: float
+    draft: Draft, exported: Path, config: Any, int8: bool, versions: Logits, max_drop: float
 ) -> dict[str, Any]:
     """Write FP16, and INT8 on request, and take the fastest where there is a GPU to measure on, else FP16.
 
@@ -37,7 +40,7 @@ def write_cuda(
         exported: the fp32 graph as Optimum wrote it.
         config: of the student's architecture.
         int8: write an INT8 file too.
-        reference: fp32 logits on validation text, shape (n, classes).
+        versions: logits on validation text, shape (n, classes), of "onnx-fp32", and of any "int8".
         max_drop: points of validation macro-F1 that a file may lose.
 
     Returns:
@@ -49,18 +52,18 @@ def write_cuda(
     fused = draft.folder / "onnx" / "fused.onnx"
     if fuse(exported, fused, config, provider="cuda"):
         shorten(fused, fused)
+        graph = onnx.load(fused)
+        fused.unlink()
     else:
-        fused.write_bytes((draft.folder / "onnx" / "model.onnx").read_bytes())
-    graph = onnx.load(fused)
-    fused.unlink()
+        graph = onnx.load(draft.folder / FP32)
     onnx.save(to_fp16(graph), draft.folder / FP16)
     attentions = sum(node.op_type in ("Attention", "MultiHeadAttention") for node in graph.graph.node)
     if not attentions:
         logger.info("ONNX Runtime fuses no attention of %s: it runs as single operators", config.model_type)
-    found: dict[str, Any] = {"fused_attentions": attentions, "fp16": _checked(draft, FP16, reference, "FP16")}
-    _require_accuracy(found["fp16"], FP16, draft.macro_f1(reference, "validation"), max_drop)
+    found: dict[str, Any] = {"fused_attentions": attentions, "fp16": _checked(draft, FP16, versions, "FP16")}
+    _require_accuracy(found["fp16"], FP16, draft.macro_f1(versions["onnx-fp32"], "validation"), max_drop)
     if int8:
-        found["int8"] = _quantized(draft, graph, reference, max_drop)
+        found["int8"] = _quantized(draft, graph, versions, max_drop)
     files = [entry["file"] for entry in (found["fp16"], found.get("int8")) if entry]
     found["measured_ms"] = _latency(draft, files)
     found["file"] = min(files, key=found["measured_ms"].__getitem__) if found["measured_ms"] else FP16
@@ -68,13 +71,21 @@ def write_cuda(
     return found
 
 
-def _checked(draft: Draft, file: str, reference: NDArray[np.float32], name: str) -> dict[str, Any]:
+def _checked(draft: Draft, file: str, versions: Logits, name: str) -> dict[str, Any]:
     """Hold a file against the kernels and against fp32."""
     require_cuda(onnx.load(draft.folder / file), file)
     logits = draft.logits(file, "validation")
-    parity = compare(reference, logits)
+    parity = compare(versions["onnx-fp32"], logits)
     logger.info("CUDA, %s against fp32: %s", name, parity)
-    return {"file": file, **asdict(parity), "macro_f1": draft.macro_f1(logits, "validation")}
+    figures = {
+        "file": file,
+        **asdict(parity),
+        "macro_f1": draft.macro_f1(logits, "validation"),
+        "temperature": fit_temperature(logits, draft.labels["validation"]),
+    }
+    if "int8" in versions:
+        figures["agreement_with_cpu_int8"] = compare(versions["int8"], logits).label_agreement
+    return figures
 
 
 def _require_accuracy(figures: dict[str, Any], file: str, reference: float, max_drop: float) -> None:
@@ -86,21 +97,19 @@ def _require_accuracy(figures: dict[str, Any], file: str, reference: float, max_
         )
 
 
-def _quantized(
-    draft: Draft, fused: onnx.ModelProto, reference: NDArray[np.float32], max_drop: float
-) -> dict[str, Any]:
+def _quantized(draft: Draft, fused: onnx.ModelProto, versions: Logits, max_drop: float) -> dict[str, Any]:
     """Leave the INT8 file: the faster form on a GPU; without one INT8 products, unless they lose too much."""
     separated = separate_attention(fused)
     forms = {
         "static": quantize_static(separated, channel_ranges(draft, separated)),
         "weights": quantize_weights(separated),
     }
-    wanted = draft.macro_f1(reference, "validation")
+    wanted = draft.macro_f1(versions["onnx-fp32"], "validation")
     trials = []
     for form, model in forms.items():
         file = f"onnx/{form}.onnx"
         onnx.save(model, draft.folder / file)
-        trials.append({"form": form, **_checked(draft, file, reference, f"INT8 {form}")})
+        trials.append({"form": form, **_checked(draft, file, versions, f"INT8 {form}")})
     measured = _latency(draft, [trial["file"] for trial in trials])
     held = [trial for trial in trials if 100 * (wanted - trial["macro_f1"]) <= max_drop]
     if not held:

@@ -54,6 +54,28 @@ def make_tokenizer():
     return BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=64)
 
 
+def train_tokenizer(kind: str, corpus: list[str], special: list[str]):
+    """Train a small tokenizer: "wordpiece", "byte-level bpe" or "unigram"."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special)
+    elif kind == "byte-level bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="[UNK]")
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
 def make_configs(layers: int) -> dict:
     """A tiny classifier's configuration of each family of encoders whose layers a student may keep."""
     import transformers

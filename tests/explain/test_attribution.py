@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import make_rows
+from conftest import make_rows, train_tokenizer
 from distill.explain.attribution import EXACT_WORDS, attribute
 from distill.explain.words import split_words
 from scipy.special import softmax
@@ -109,26 +109,11 @@ ODD = [
 @pytest.mark.parametrize("kind", ["wordpiece", "byte-level bpe", "unigram"])
 def test_values_sum_to_the_answer_less_the_base_whatever_the_tokenizer(kind, tmp_path):
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]"]
     corpus = [text for text, _ in make_rows(60)] + ODD
-    if kind == "wordpiece":
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special)
-    elif kind == "byte-level bpe":
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    else:
-        tokenizer = Tokenizer(models.Unigram())
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="[UNK]")
-    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer = train_tokenizer(kind, corpus, special)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
     torch.manual_seed(0)
     config = BertConfig(
