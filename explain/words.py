@@ -2,24 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
-import regex
 from numpy.typing import NDArray
+
+from distill.words import segments
 
 Text = str | tuple[str, str]
 MAX_WORDS = 64
-# A web address; one ideograph or kana (scripts without blanks); letters with inner apostrophes, hyphens and
-# dots and perhaps a leading @ or #; a run of anything else (punctuation, emoji with their joiners).
-WORD = regex.compile(
-    r"https?://\S+"
-    r"|[\p{Han}\p{Hiragana}\p{Katakana}]"
-    r"|[@#]?(?:(?![\p{Han}\p{Hiragana}\p{Katakana}])[\p{L}\p{M}\p{N}_])+"
-    r"(?:['’.\-](?:(?![\p{Han}\p{Hiragana}\p{Katakana}])[\p{L}\p{M}\p{N}_])+)*"
-    r"|(?:(?![\p{L}\p{N}_])\S)+"
-    r"|\S"
-)
 
 
 @dataclass(frozen=True)
@@ -57,13 +47,9 @@ def _join(segments: Sequence[str], mask: NDArray[np.bool_]) -> str:
 
 
 def _segments(text: str, limit: int) -> list[str]:
-    ends = [match.end() for match in WORD.finditer(text)]
-    if not ends:
-        return [text] if text else []
-    group = -(-len(ends) // limit)
-    cuts = [0, *ends[group - 1 : -1 : group], len(text)] if len(ends) > 1 else [0, len(text)]
-    cuts = sorted(set(cuts))
-    return [text[start:end] for start, end in pairwise(cuts)]
+    words = segments(text)
+    group = -(-len(words) // limit) or 1
+    return ["".join(words[start : start + group]) for start in range(0, len(words), group)]
 
 
 def split_words(text: Text, limit: int = MAX_WORDS) -> Words:
