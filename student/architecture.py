@@ -1,4 +1,4 @@
-"""A student's architecture: a pre-trained encoder with some of its layers."""
+"""A student's architecture: a pre-trained encoder with some of its layers and positions."""
 
 import copy
 import re
@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from distill.errors import DistillError
+from distill.models import OFFSET_POSITIONS
 
 # encoder.layer.3. (BERT, RoBERTa, ELECTRA, MPNet), transformer.layer.3. (DistilBERT), layers.3. (ModernBERT)
 LAYER = re.compile(r"(?<=[.])(layers?)\.(\d+)\.")
@@ -67,3 +68,25 @@ def keep_layers(model: Any, keep: int) -> Any:
     except RuntimeError as error:
         raise unknown from error
     return student
+
+
+def cut_positions(model: Any, length: int) -> Any:
+    """Copy a sequence classifier without the position embeddings that texts of `length` tokens never reach.
+
+    The answers stay the same. Unchanged if its positions are of another kind (relative, rotary).
+    """
+    offset = (model.config.pad_token_id or 0) + 1 if model.config.model_type in OFFSET_POSITIONS else 0
+    total, needed = getattr(model.config, "max_position_embeddings", 0), length + offset
+    weights = model.state_dict()
+    tables = [name for name in weights if name.endswith(("position_embeddings.weight", "wpe.weight"))]
+    if total <= needed or [len(weights[name]) for name in tables] != [total]:
+        return model
+    config = copy.deepcopy(model.config)
+    config.max_position_embeddings = needed
+    weights[tables[0]] = weights[tables[0]][:needed].clone()
+    shorter = AutoModelForSequenceClassification.from_config(config)
+    try:
+        shorter.load_state_dict(weights, strict=True)
+    except RuntimeError:  # other tables count on as many positions, as DeBERTa's relative ones
+        return model
+    return shorter

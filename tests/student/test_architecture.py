@@ -2,7 +2,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_configs
-from distill.student.architecture import evenly_spaced, keep_layers
+from distill.student.architecture import cut_positions, evenly_spaced, keep_layers
 
 from distill.errors import DistillError
 
@@ -97,3 +97,19 @@ def test_a_family_whose_layers_cannot_be_told_apart_is_refused(config):
 def test_more_layers_than_there_are_is_refused():
     with pytest.raises(DistillError, match="--layers 7"):
         keep_layers(_model("bert"), 7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_that_no_text_reaches_are_cut_and_change_no_answer(family):
+    model = _model(family)
+    shorter = cut_positions(model, 10).eval()
+    tables = [
+        tensor for name, tensor in shorter.state_dict().items() if name.endswith("position_embeddings.weight")
+    ]
+    if tables:
+        offset = 1 + model.config.pad_token_id if family in ("roberta", "mpnet") else 0
+        assert [len(tensor) for tensor in tables] == [10 + offset]
+        assert shorter.config.max_position_embeddings == 10 + offset
+    with torch.no_grad():
+        torch.testing.assert_close(shorter(**INPUTS).logits, model(**INPUTS).logits, atol=1e-6, rtol=1e-5)
+    assert cut_positions(model, 10_000) is model
