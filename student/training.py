@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from distill.student.architecture import keep_layers
-from distill.student.losses import UNLABELED, distillation_loss
+from distill.student.architecture import cut_positions, keep_layers
+from distill.student.corpus import augmented_text, budget_of, unlabeled_text, with_soft_labels
+from distill.student.losses import distillation_loss
 from distill.student.soft_labels import teacher_logits
 from distill.student.vocabulary import trim_vocabulary
 from transformers import set_seed
 
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
-from distill.data import load_unlabeled, reload_data, texts_of
+from distill.data import reload_data, texts_of
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
@@ -46,6 +47,7 @@ class StudentOptions(TrainingOptions):
     layers: int | None = None
     vocabulary: int | None = None
     unlabeled: str | None = None
+    augment: str | None = None
     temperature: float = 2.0
     alpha: float = 0.9
     text_column: str | None = None
@@ -56,10 +58,11 @@ def _check(options: StudentOptions) -> None:
         raise DistillError(f"--temperature {options.temperature}: must be above 0")
     if not 0 <= options.alpha <= 1:
         raise DistillError(f"--alpha {options.alpha}: must be between 0 and 1")
-    if options.unlabeled and options.alpha == 0:
-        raise DistillError(
-            "--unlabeled: with --alpha 0 the teacher's labels count for nothing; raise --alpha"
-        )
+    for name in ("unlabeled", "augment"):
+        if getattr(options, name) and options.alpha == 0:
+            raise DistillError(
+                f"--{name}: with --alpha 0 the teacher's labels count for nothing; raise --alpha"
+            )
     choose_precision(choose_device(options.device), options.precision)
 
 
@@ -74,20 +77,12 @@ def _build(options: StudentOptions, teacher: Manifest, corpus: Dataset) -> tuple
         layers = max(1, model.config.num_hidden_layers // 2)
     if layers is not None:
         model = keep_layers(model, layers)
+    model = cut_positions(model, tokenizer.model_max_length)
     if options.vocabulary is not None:
         before = len(tokenizer)
         tokenizer = trim_vocabulary(model, tokenizer, texts_of(corpus), options.vocabulary or None)
         logger.info("Vocabulary: %d of %d tokens", len(tokenizer), before)
     return model, tokenizer, int(model.config.num_hidden_layers)
-
-
-def _with_soft_labels(labelled: Dataset, unlabeled: Dataset | None, logits: np.ndarray) -> Dataset:
-    """Put labelled and unlabelled rows into one dataset with a column `teacher_logits`."""
-    rows = labelled
-    if unlabeled is not None:
-        unlabeled = unlabeled.add_column("label", [UNLABELED] * len(unlabeled)).cast(labelled.features)
-        rows = concatenate_datasets([labelled, unlabeled])
-    return rows.add_column("teacher_logits", list(logits))
 
 
 def train_student(options: StudentOptions) -> Manifest:
@@ -107,11 +102,12 @@ def train_student(options: StudentOptions) -> Manifest:
     verify(options.teacher, teacher)
     data = reload_data(teacher.data, teacher.labels, options.data)
     columns = Columns(options.text_column or data.columns.text, data.columns.text_pair)
-    unlabeled = _unlabeled(options, columns, [data.splits["validation"], data.splits["test"]])
+    held_out = {text_id for split in EVALUATED for text_id in data.splits[split]["id"]}
+    unlabeled = [unlabeled_text(options.unlabeled, columns, held_out)] if options.unlabeled else []
     recipe: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in ("resume", "overwrite")}
-    texts = data.splits["train"].remove_columns("label")
-    texts = texts if unlabeled is None else concatenate_datasets([texts, unlabeled])
-    model, tokenizer, layers = _build(options, teacher, texts)
+    corpus = concatenate_datasets([data.splits["train"].remove_columns("label"), *unlabeled])
+    budget = budget_of(options.augment, len(data.splits["train"])) if options.augment else 0
+    model, tokenizer, layers = _build(options, teacher, corpus)
     parent = manifest_hash(options.teacher)
     resume_from = prepare_checkpoints(
         options,
@@ -119,14 +115,16 @@ def train_student(options: StudentOptions) -> Manifest:
             **recipe,
             "teacher_hash": parent,
             "data_fingerprint": data.fingerprint,
-            "unlabeled_fingerprint": unlabeled
-            and hashlib.sha256("".join(unlabeled["id"]).encode()).hexdigest(),
+            "corpus_fingerprint": hashlib.sha256("".join(corpus["id"]).encode()).hexdigest(),
         },
         "train-student",
     )
-
-    logits = teacher_logits(options.teacher, teacher, texts, options.device, options.precision)
-    train = tokenize(_with_soft_labels(data.splits["train"], unlabeled, logits), tokenizer)
+    if budget:
+        # Of the split's seed, not of this run's: all students of a teacher share texts and soft labels.
+        made = augmented_text(corpus, budget, data.seed, held_out, options.checkpoints / "augmented")
+        corpus, unlabeled = concatenate_datasets([corpus, made]), [*unlabeled, made]
+    logits = teacher_logits(options.teacher, teacher, corpus, options.device, options.precision)
+    train = tokenize(with_soft_labels(data.splits["train"], unlabeled, logits), tokenizer)
     validation = tokenize(data.splits["validation"], tokenizer)
 
     def loss(student_logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -137,6 +135,8 @@ def train_student(options: StudentOptions) -> Manifest:
         )
 
     trained = fit(model, tokenizer, train, validation, options, loss, "Student", resume_from)
+    augmented = len(unlabeled[-1]) if budget else 0
+    extra = {"unlabeled": sum(map(len, unlabeled)) - augmented, "augmented": augmented}
     predictions = {
         split: predict_logits(trained.model, tokenizer, data.splits[split], trained.device, trained.precision)
         for split in EVALUATED
@@ -147,7 +147,7 @@ def train_student(options: StudentOptions) -> Manifest:
         labels=teacher.labels,
         options={k: str(v) if isinstance(v, Path) else v for k, v in recipe.items()},
         seed=options.seed,
-        data={**data.manifest(), "unlabeled": len(unlabeled) if unlabeled is not None else 0},
+        data={**data.manifest(), **extra},
         parents=[{"path": str(options.teacher), "manifest_sha256": parent}],
         metrics={
             s: score(truth[s], predictions[s].argmax(1), len(teacher.labels)).summary() for s in EVALUATED
@@ -165,19 +165,3 @@ def train_student(options: StudentOptions) -> Manifest:
         write_predictions(folder, data.splits, {"student": predictions})
     discard_checkpoints(options)
     return manifest
-
-
-def _unlabeled(options: StudentOptions, columns: Columns, held_out: list[Dataset]) -> Dataset | None:
-    """Read the unlabelled texts, without those that validation or test hold."""
-    if options.unlabeled is None:
-        return None
-    dataset = load_unlabeled(options.unlabeled, columns)
-    secret = {text_id for split in held_out for text_id in split["id"]}
-    kept = [row for row, text_id in enumerate(dataset["id"]) if text_id not in secret]
-    if len(kept) < len(dataset):
-        logger.warning("  unlabeled: text also in validation or test × %d: dropped", len(dataset) - len(kept))
-    if not kept:
-        raise DistillError(
-            f"--unlabeled {options.unlabeled}: every text is also in validation or test; give other texts"
-        )
-    return dataset.select(kept)

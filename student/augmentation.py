@@ -1,0 +1,128 @@
+"""More text for the teacher to label, made from the training text.
+
+Its own training text shows a teacher at its most certain. Between those texts, and beside them, it says more
+about what it has learnt, and a student may ask as often as it likes: Tang et al. (2019), arXiv 1903.12136.
+An augmented text has no label of its own, so it need not be right or even readable.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from distill.sources import text_id
+from distill.words import segments
+
+Text = str | tuple[str, str]
+Words = list[str]
+DROP, SUBSTITUTE = 0.2, 0.3  # share of the words
+LARGEST_CORPUS = 50_000  # texts whose n-grams are kept
+ATTEMPTS = 3  # a text wanted, before the corpus is held to be exhausted
+EDGE = ""
+
+
+@dataclass
+class Corpus:
+    """The training text as words, each with the blanks before it, and which words stand where in it.
+
+    Attributes:
+        texts: words of each text.
+        between: words seen between two others.
+        after: words seen after another; the edge of a text is an empty word.
+        before: words seen before another.
+    """
+
+    texts: list[Words]
+    between: dict[tuple[str, str], Words] = field(default_factory=lambda: defaultdict(list))
+    after: dict[str, Words] = field(default_factory=lambda: defaultdict(list))
+    before: dict[str, Words] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        for words in self.texts:
+            bare = [EDGE, *map(_bare, words), EDGE]
+            for left, word, right in zip(bare, words, bare[2:], strict=False):
+                self.between[left, right].append(word)
+                self.after[left].append(word)
+                self.before[right].append(word)
+
+
+def _bare(word: str) -> str:
+    return word.strip().casefold()
+
+
+def drop_words(words: Words, corpus: Corpus, generator: random.Random) -> Words:
+    """Leave out a fifth of the words: what masking is in Tang et al. (2019), for any pair of tokenizers."""
+    return [word for word in words if generator.random() >= DROP]
+
+
+def mix_texts(words: Words, corpus: Corpus, generator: random.Random) -> Words:
+    """Join the beginning of one text and the end of another: n-gram sampling of Tang et al. (2019), twice."""
+    other = generator.choice(corpus.texts)
+    begin, end = words[: generator.randint(1, len(words))], other[generator.randrange(len(other)) :]
+    blank = " " if any(word[:1].isspace() for word in words + other) else ""
+    return [*begin, blank + end[0].lstrip(), *end[1:]]
+
+
+def substitute_words(words: Words, corpus: Corpus, generator: random.Random) -> Words:
+    """Put other words of the corpus in place of three in ten, by what it has between the same neighbours.
+
+    Where it has nothing else between them, one that follows the left neighbour or precedes the right one is
+    taken: a trigram model's back-off (Katz 1987) in place of the masked language model of TinyBERT (Jiao et
+    al. 2020, arXiv 1909.10351, algorithm 1), so it needs no second checkpoint.
+    """
+    changed = list(words)
+    for position, word in enumerate(words):
+        if generator.random() >= SUBSTITUTE:
+            continue
+        left = _bare(changed[position - 1]) if position else EDGE
+        right = _bare(words[position + 1]) if position + 1 < len(words) else EDGE
+        options = corpus.between.get((left, right), [])
+        if all(_bare(option) == _bare(word) for option in options):
+            after = generator.random() < 0.5
+            options = corpus.after.get(left, []) if after else corpus.before.get(right, [])
+        if options:
+            blanks = word[: len(word) - len(word.lstrip())]
+            changed[position] = blanks + generator.choice(options).strip()
+    return changed
+
+
+Augmentation = Callable[[Words, Corpus, random.Random], Words]
+AUGMENTATIONS: tuple[Augmentation, ...] = (substitute_words, mix_texts, drop_words)
+
+
+def augment(texts: Sequence[Text], budget: int, seed: int, held_out: set[str]) -> Iterator[Text]:
+    """Make up to `budget` different texts, by each of `AUGMENTATIONS` in turn, from one text after the other.
+
+    Args:
+        texts: the training text, never validation or test text. Both texts of a pair change.
+        budget: how many to make; fewer come if the corpus is too small for so many different ones.
+        seed: the same texts, in the same order, for the same corpus and seed.
+        held_out: ids (`text_id`) of validation and test texts, which are never made, not even by chance.
+    """
+    generator = random.Random(seed)
+    pairs: list[tuple[str, ...]] = [text if isinstance(text, tuple) else (text,) for text in texts]
+    sample = generator.sample(pairs, min(len(pairs), LARGEST_CORPUS))
+    corpora = [
+        Corpus([words for words in map(segments, parts) if words]) for parts in zip(*sample, strict=True)
+    ]
+    made = held_out | {text_id(*parts) for parts in pairs}
+    count = 0
+    for attempt in range(budget * ATTEMPTS):
+        if attempt % len(pairs) == 0:
+            generator.shuffle(pairs)
+        augmentation = AUGMENTATIONS[attempt % len(AUGMENTATIONS)]
+        originals = [segments(part) for part in pairs[attempt % len(pairs)]]
+        if not all(originals):
+            continue
+        parts = [
+            "".join(augmentation(words, corpus, generator)).strip()
+            for words, corpus in zip(originals, corpora, strict=True)
+        ]
+        identity = text_id(*parts)
+        if identity in made or not all(parts):
+            continue
+        made.add(identity)
+        yield (parts[0], parts[1]) if len(parts) == 2 else parts[0]
+        count += 1
+        if count == budget:
+            return

@@ -1,0 +1,85 @@
+"""What a student learns on: labelled text, and texts that only the teacher labels."""
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, Value, concatenate_datasets
+from distill.student.augmentation import Text, augment
+from distill.student.losses import UNLABELED
+from numpy.typing import NDArray
+
+from distill.data import load_unlabeled, texts_of
+from distill.errors import DistillError
+from distill.sources import Columns, text_id
+
+logger = logging.getLogger(__name__)
+
+
+def budget_of(augmentation: str, labelled: int) -> int:
+    """How many texts "10x" (for every labelled one) or "50000" asks for.
+
+    Raises:
+        DistillError: if it is neither.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)x|(\d+)", augmentation)
+    budget = match and (round(float(match[1]) * labelled) if match[1] else int(match[2]))
+    if not budget:
+        raise DistillError(
+            f"--augment {augmentation}: give how many texts to make, as 10x (ten for every training text) or "
+            "as 50000"
+        )
+    return budget
+
+
+def unlabeled_text(source: str, columns: Columns, held_out: set[str]) -> Dataset:
+    """Read unlabelled texts, without those whose ids are held out (validation and test)."""
+    dataset = load_unlabeled(source, columns)
+    kept = [row for row, text_id in enumerate(dataset["id"]) if text_id not in held_out]
+    if len(kept) < len(dataset):
+        logger.warning("  unlabeled: text also in validation or test × %d: dropped", len(dataset) - len(kept))
+    if not kept:
+        raise DistillError(
+            f"--unlabeled {source}: every text is also in validation or test; give other texts"
+        )
+    return dataset.select(kept)
+
+
+def augmented_text(corpus: Dataset, budget: int, seed: int, held_out: set[str], folder: Path) -> Dataset:
+    """Make `budget` texts out of a corpus, on disk in `folder`: columns id, text (and text_pair)."""
+    # A tuple: datasets would give the items of a list to one call each.
+    arguments = {"texts": tuple(texts_of(corpus)), "budget": budget, "seed": seed, "held_out": held_out}
+    names = [name for name in corpus.column_names if name in ("id", "text", "text_pair")]
+    dataset = Dataset.from_generator(
+        _rows,
+        features=Features({name: Value("string") for name in names}),
+        gen_kwargs=arguments,
+        cache_dir=str(folder),
+    )
+    if len(dataset) < budget:
+        logger.warning(
+            "  augmented: %d texts, not %d: the corpus is too small for more", len(dataset), budget
+        )
+    return dataset
+
+
+def _rows(texts: tuple[Text, ...], budget: int, seed: int, held_out: set[str]) -> Iterator[dict[str, str]]:
+    for text in augment(texts, budget, seed, held_out):
+        parts = text if isinstance(text, tuple) else (text,)
+        yield {"id": text_id(*parts), **dict(zip(("text", "text_pair"), parts, strict=False))}
+
+
+def with_soft_labels(labelled: Dataset, unlabeled: list[Dataset], logits: NDArray[np.float32]) -> Dataset:
+    """Put labelled and unlabelled rows into one dataset with a column `teacher_logits`.
+
+    Args:
+        labelled: with `label`.
+        unlabeled: without; their labels become `UNLABELED`.
+        logits: of all rows in this order, shape (n, classes).
+    """
+    parts = [labelled]
+    for dataset in unlabeled:
+        parts.append(dataset.add_column("label", [UNLABELED] * len(dataset)).cast(labelled.features))
+    return concatenate_datasets(parts).add_column("teacher_logits", list(logits))

@@ -1,0 +1,149 @@
+import random
+from itertools import pairwise
+
+import pytest
+from conftest import make_rows
+from distill.student.augmentation import (
+    AUGMENTATIONS,
+    Corpus,
+    augment,
+    drop_words,
+    mix_texts,
+    substitute_words,
+)
+from distill.student.corpus import augmented_text, budget_of, with_soft_labels
+from distill.student.losses import UNLABELED
+
+from distill import DistillError
+from distill.sources import text_id
+from distill.words import segments
+
+TEXTS = [text for text, _ in make_rows(60)]
+CORPUS = Corpus([segments(text) for text in TEXTS])
+
+
+def _bare(words):
+    return [word.strip().casefold() for word in words]
+
+
+@pytest.fixture(params=range(20))
+def generator(request):
+    return random.Random(request.param)
+
+
+def test_dropping_leaves_the_order_of_the_other_words(generator):
+    words = segments(TEXTS[0])
+    rest = iter(words)
+    assert all(word in rest for word in drop_words(words, CORPUS, generator))
+
+
+def test_mixing_takes_a_beginning_and_an_end(generator):
+    words = segments(TEXTS[0])
+    mixed = _bare(mix_texts(words, CORPUS, generator))
+    cuts = range(1, len(mixed))
+    assert any(
+        mixed[:cut] == _bare(words)[:cut]
+        and any(_bare(segments(text))[-len(mixed[cut:]) :] == mixed[cut:] for text in TEXTS)
+        for cut in cuts
+    )
+
+
+def test_a_substitute_stands_beside_the_same_neighbour_somewhere_in_the_corpus(generator):
+    words = segments(TEXTS[1])
+    changed = substitute_words(words, CORPUS, generator)
+    assert len(changed) == len(words)
+    pairs = {pair for text in TEXTS for pair in _pairs(segments(text))}
+    new, old = _bare(changed), _bare(words)
+    for position, (before, after) in enumerate(zip(old, new, strict=True)):
+        if before != after:
+            left = new[position - 1] if position else ""
+            right = old[position + 1] if position + 1 < len(old) else ""
+            assert (left, after) in pairs or (after, right) in pairs
+
+
+def _pairs(words):
+    bare = ["", *_bare(words), ""]
+    return list(pairwise(bare))
+
+
+def test_blanks_before_a_substituted_word_stay():
+    corpus = Corpus([segments("a\tb c"), segments("a x c")])
+    made = {"".join(substitute_words(segments("a\tb c"), corpus, random.Random(seed))) for seed in range(40)}
+    assert "a\tx c" in made
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_scripts_without_blanks_are_augmented_by_the_character(augmentation):
+    texts = ["今日は天気がいい", "明日も雨が降る"]
+    corpus = Corpus([segments(text) for text in texts])
+    made = {
+        "".join(augmentation(segments(texts[0]), corpus, random.Random(seed))).strip() for seed in range(20)
+    }
+    assert len(made) > 3 and not any(" " in text for text in made)
+
+
+def test_the_same_seed_gives_the_same_texts_and_a_smaller_budget_the_first_of_them():
+    assert list(augment(TEXTS, 100, 1, set())) == list(augment(TEXTS, 100, 1, set()))
+    assert list(augment(TEXTS, 30, 1, set())) == list(augment(TEXTS, 100, 1, set()))[:30]
+    assert list(augment(TEXTS, 30, 2, set())) != list(augment(TEXTS, 30, 1, set()))
+
+
+def test_no_held_out_text_no_training_text_and_no_text_twice():
+    first = list(augment(TEXTS, 100, 1, set()))
+    held_out = {text_id(text) for text in first[::2]}
+    made = list(augment(TEXTS, 100, 1, held_out))
+    assert len(made) == len(set(made)) == 100
+    assert not {text_id(text) for text in made} & (held_out | {text_id(text) for text in TEXTS})
+
+
+def test_a_corpus_too_small_for_the_budget_gives_what_it_can():
+    assert 0 < len(list(augment(["one two three", "two three four"], 1000, 0, set()))) < 1000
+
+
+def test_both_texts_of_a_pair_change():
+    pairs = list(zip(TEXTS, reversed(TEXTS), strict=True))
+    made = list(augment(pairs, 100, 0, set()))
+    assert all(len(pair) == 2 and all(pair) for pair in made)
+    assert len({first for first, _ in made} - set(TEXTS)) > 50
+    assert len({second for _, second in made} - set(TEXTS)) > 50
+
+
+def test_augmented_rows_have_ids_and_no_label(tmp_path):
+    from datasets import Dataset
+
+    corpus = Dataset.from_dict({"id": [text_id(text) for text in TEXTS], "text": TEXTS})
+    made = augmented_text(corpus, 40, 0, set(), tmp_path)
+    assert list(made["id"]) == [text_id(text) for text in made["text"]]
+    rows = with_soft_labels(
+        corpus.add_column("label", [1] * len(corpus)), [made], [[0.0, 1.0]] * (len(corpus) + 40)
+    )
+    assert list(rows["label"]) == [1] * len(corpus) + [UNLABELED] * 40
+
+
+def test_the_budget_is_a_number_or_a_multiple():
+    assert budget_of("10x", 70) == 700
+    assert budget_of("0.5x", 70) == 35
+    assert budget_of("5000", 70) == 5000
+    for wrong in ("ten", "-1", "0", "0x", "x"):
+        with pytest.raises(DistillError, match=r"--augment .*: give how many texts to make, as 10x"):
+            budget_of(wrong, 70)
+
+
+def test_a_student_learns_on_augmented_text_and_counts_it(chain, tmp_path):
+    from distill.student.training import StudentOptions
+
+    from distill import train_student
+
+    manifest = train_student(
+        StudentOptions(
+            output=tmp_path / "s",
+            teacher=chain.teacher,
+            layers=1,
+            augment="0.5x",
+            max_steps=2,
+            precision="fp32",
+        )
+    )
+    assert manifest.data["augmented"] == round(0.5 * manifest.data["rows"]["train"])
+    assert manifest.data["unlabeled"] == 0
+    assert not (tmp_path / "checkpoints").exists()
