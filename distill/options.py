@@ -73,6 +73,11 @@ def training_options(epochs: float, learning_rate: float) -> Callable[[Callable]
                 ),
                 click.option("--gradient-checkpointing", is_flag=True, help="Trade time for memory."),
                 click.option("--learning-rate", type=RATE, default=learning_rate, help="Peak learning rate."),
+                click.option(
+                    "--head-learning-rate",
+                    type=RATE,
+                    help="Of the head, which is drawn at random [ten times --learning-rate].",
+                ),
                 click.option("--warmup-ratio", type=SHARE, default=0.06, help="Share of steps that warm up."),
                 click.option(
                     "--weight-decay", type=click.FloatRange(min=0), default=0.01, help="AdamW's weight decay."

@@ -38,6 +38,8 @@ class TrainingOptions:
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
     learning_rate: float = 5e-5
+    head_learning_rate: float | None = None
+    """Of the classification head; ten times `learning_rate` when left out."""
     warmup_ratio: float = 0.06
     weight_decay: float = 0.01
     dropout: float | None = None
@@ -288,6 +290,19 @@ def discard_checkpoints(options: TrainingOptions) -> None:
         options.checkpoints.parent.rmdir()
 
 
+HEAD_RATE = 10
+
+
+def is_head(name: str, prefix: str) -> bool:
+    """Say whether a parameter belongs to the head: to nothing that the encoder's own pre-training trained.
+
+    Args:
+        name: of the parameter in the classifier.
+        prefix: of the encoder in it, its `base_model_prefix`.
+    """
+    return not name.removeprefix("module.").startswith(f"{prefix}.") or ".pooler." in name
+
+
 BEYOND_THE_MODEL = ("labels", "teacher_logits")
 
 
@@ -295,10 +310,15 @@ class LossTrainer(Trainer):
     """A Trainer whose loss is a function of the model's logits and the rest of the batch."""
 
     def __init__(
-        self, *args: Any, loss: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor], **kwargs: Any
+        self,
+        *args: Any,
+        loss: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor],
+        head_learning_rate: float,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.loss = loss
+        self.head_learning_rate = head_learning_rate
         # Our losses are means over the batch, so the Trainer must divide by the accumulation steps itself.
         self.model_accepts_loss_kwargs = False
 
@@ -307,6 +327,33 @@ class LossTrainer(Trainer):
         lengths = np.asarray(self.train_dataset["length"]).tolist()
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(lengths, batch_size, self.args.seed)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As the Trainer does, but with a learning rate of its own for the head.
+
+        A head is drawn at random, and with a rate that suits pre-trained weights it would still be learning
+        when the training ends, the more so the more classes there are.
+        """
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    kind = (is_head(name, self.model.base_model_prefix), name in decayed)
+                    groups.setdefault(kind, []).append(parameter)
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.head_learning_rate if head else self.args.learning_rate,
+                        "weight_decay": self.args.weight_decay if decay else 0.0,
+                    }
+                    for (head, decay), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -369,6 +416,11 @@ def fit(
         compute_metrics=evaluate,
         callbacks=[progress, SaveInTime(), EarlyStoppingCallback(options.patience)],
         loss=loss,
+        head_learning_rate=(
+            HEAD_RATE * options.learning_rate
+            if options.head_learning_rate is None
+            else options.head_learning_rate
+        ),
     )
     trainer.pop_callback(_printer())
     logger.info("%s: %d texts on %s in %s", title, len(train), device, precision)

@@ -1,0 +1,39 @@
+import pytest
+import torch
+import transformers
+from conftest import make_configs
+
+from distill.trainer import LossTrainer, is_head
+
+FAMILIES = make_configs(layers=2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_is_what_the_pre_trained_encoder_does_not_have(family):
+    model = transformers.AutoModelForSequenceClassification.from_config(FAMILIES[family])
+    pretrained = transformers.AutoModel.from_config(FAMILIES[family]).state_dict()
+    prefix = model.base_model_prefix
+    head = {name for name, _ in model.named_parameters() if is_head(name, prefix)}
+    body = {f"{prefix}.{name}" for name in pretrained if "pooler" not in name}
+    assert head and head == {name for name, _ in model.named_parameters()} - body
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_is_trained_once_and_the_head_at_its_own_rate(family, tmp_path):
+    model = transformers.AutoModelForSequenceClassification.from_config(FAMILIES[family])
+    model.get_input_embeddings().weight.requires_grad_(False)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), learning_rate=1e-4, weight_decay=0.1, report_to=[], use_cpu=True
+    )
+    trainer = LossTrainer(model=model, args=arguments, loss=None, head_learning_rate=1e-3)
+    groups = trainer.create_optimizer().param_groups
+    trained = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(trained) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    decayed = trainer.get_decay_parameter_names(model)
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == (1e-3 if is_head(name, model.base_model_prefix) else 1e-4)
+            assert decays[id(parameter)] == (0.1 if name in decayed else 0.0)
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
