@@ -18,11 +18,12 @@ from distill.student.vocabulary import trim_vocabulary
 from transformers import set_seed
 
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
+from distill.calibration import fit_temperature
 from distill.data import reload_data, texts_of
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
-from distill.predictions import EVALUATED, write_predictions
+from distill.predictions import EVALUATED, read_predictions, write_predictions
 from distill.sources import Columns
 from distill.trainer import (
     TrainingOptions,
@@ -48,7 +49,7 @@ class StudentOptions(TrainingOptions):
     vocabulary: int | None = None
     unlabeled: str | None = None
     augment: str | None = None
-    temperature: float = 2.0
+    temperature: float = 1.0
     alpha: float = 0.9
     text_column: str | None = None
 
@@ -83,6 +84,17 @@ def _build(options: StudentOptions, teacher: Manifest, corpus: Dataset) -> tuple
         tokenizer = trim_vocabulary(model, tokenizer, texts_of(corpus), options.vocabulary or None)
         logger.info("Vocabulary: %d of %d tokens", len(tokenizer), before)
     return model, tokenizer, int(model.config.num_hidden_layers)
+
+
+def _teacher_temperature(teacher: Path) -> float:
+    """Temperature that makes the teacher's probabilities honest, fitted to what it answers on validation.
+
+    A teacher that is too sure, or not sure enough, would teach the wrong amount of doubt.
+    """
+    answers = read_predictions(teacher, "validation")["teacher"]
+    temperature = fit_temperature(answers.logits, answers.labels)
+    logger.info("Teacher's temperature: %.2f", temperature)
+    return temperature
 
 
 def train_student(options: StudentOptions) -> Manifest:
@@ -124,6 +136,8 @@ def train_student(options: StudentOptions) -> Manifest:
         made = augmented_text(corpus, budget, data.seed, held_out, options.checkpoints / "augmented")
         corpus, unlabeled = concatenate_datasets([corpus, made]), [*unlabeled, made]
     logits = teacher_logits(options.teacher, teacher, corpus, options.device, options.precision)
+    temperature = _teacher_temperature(options.teacher)
+    logits /= temperature
     train = tokenize(with_soft_labels(data.splits["train"], unlabeled, logits), tokenizer)
     validation = tokenize(data.splits["validation"], tokenizer)
 
@@ -157,7 +171,7 @@ def train_student(options: StudentOptions) -> Manifest:
         device=trained.device,
         precision=trained.precision,
         wall_seconds=round(time.monotonic() - started, 1),
-        details={"layers": layers, "vocabulary": len(tokenizer)},
+        details={"layers": layers, "vocabulary": len(tokenizer), "teacher_temperature": temperature},
     )
     with publish(options.output, manifest, options.overwrite) as folder:
         trained.model.to("cpu").save_pretrained(folder, safe_serialization=True)

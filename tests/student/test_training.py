@@ -9,8 +9,10 @@ from distill.student.training import StudentOptions, train_student
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from distill.artifact import read_manifest
+from distill.calibration import fit_temperature
 from distill.data import load_data
 from distill.models import load_model
+from distill.predictions import read_predictions
 from distill.trainer import predict_logits
 
 
@@ -128,3 +130,24 @@ def test_the_student_names_its_teacher_and_its_predictions_are_the_teachers_text
     assert manifest.parents == [{"path": str(chain.teacher), "manifest_sha256": manifest_hash(chain.teacher)}]
     teacher, student = read_predictions(chain.teacher, "test"), read_predictions(chain.student, "test")
     assert teacher["teacher"].ids == student["student"].ids
+
+
+def test_a_student_learns_from_the_probabilities_that_the_teacher_should_have_given(
+    chain, tmp_path, monkeypatch
+):
+    answers = read_predictions(chain.teacher, "validation")["teacher"]
+    temperature = fit_temperature(answers.logits, answers.labels)
+    seen = []
+
+    def watched(model, tokenizer, train, *rest):
+        seen.append(np.asarray(train["teacher_logits"]))
+        return fit(model, tokenizer, train, *rest)
+
+    fit = student_training.fit
+    monkeypatch.setattr(student_training, "fit", watched)
+    manifest = train_student(_options(chain, tmp_path / "s", layers=1))
+    assert manifest.details["teacher_temperature"] == pytest.approx(temperature)
+    teacher = read_manifest(chain.teacher, "train-teacher")
+    texts = load_data(str(chain.data), quiet=True).splits["train"].remove_columns("label")
+    raw = teacher_logits(chain.teacher, teacher, texts, "cpu", "fp32")
+    np.testing.assert_allclose(seen[0], raw / temperature, rtol=1e-5)
