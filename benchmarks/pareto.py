@@ -1,0 +1,183 @@
+"""Quality against latency and size, over several labelled sets and against what else one might use.
+
+For every set, with one recipe: the teacher is fine-tuned once; students of several depths learn from it, with
+three seeds, and without it; each is exported to INT8. Peers are trained on the same split. All are timed in
+one process, one text at a time on one thread. A step that has been done is found again, so a run goes on
+where it was stopped. Writes benchmarks/results/pareto/SET.json;
+pareto_page.py makes a table and a plot of all sets.
+
+Usage: python benchmarks/pareto.py DATA --teacher all-mpnet-base-v2 --student all-MiniLM-L6-v2 --set banking77
+
+DATA holds a folder for every set, as `distill train-teacher --data` takes it. The sets' licences and sources
+stand beside them; none is part of this repository.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import peers
+import torch
+from transformers import pipeline
+
+from distill import Classifier
+from distill.artifact import read_manifest
+from distill.data import Data, reload_data, texts_of
+from distill.latency import cpu_name, measure
+from distill.metrics import score
+from distill.models import load_model, load_tokenizer
+from distill.predictions import read_predictions
+from distill.significance import interval, paired_bootstrap
+
+RESULTS = Path(__file__).resolve().parent / "results" / "pareto"
+SETS = ("banking77", "clinc150", "snips", "ag_news_small", "goemotions_sentiment3", "sst2_sentences")
+SEEDS = (1, 2, 3)
+FAST = ("--learning-rate", "3e-4", "--batch-size", "64")
+RECIPE = ("--augment", "10x", "--vocabulary", "0", "--epochs", "3", *FAST)
+ALONE = ("--alpha", "0", "--vocabulary", "0", "--epochs", "10", *FAST)
+LAYERS = (2, 3, 6)
+TIMED = 60
+INT8 = "onnx/model_quantized.onnx"
+
+
+def _run(*arguments: str | Path) -> None:
+    """Run `distill`, and let what it says pass."""
+    command = [str(Path(sys.executable).with_name("distill")), *map(str, arguments)]
+    click.echo(f"$ distill {' '.join(command[1:])}")
+    subprocess.run(command, check=True, env={**os.environ, "OMP_WAIT_POLICY": "passive"})
+
+
+def _students() -> dict[str, tuple[str, ...]]:
+    """Folder of every student, and the options that make it."""
+    found = {}
+    for seed in SEEDS:
+        found[f"2_layers_seed{seed}"] = ("--layers", "2", "--seed", str(seed), *RECIPE)
+        found[f"2_layers_alone_seed{seed}"] = ("--layers", "2", "--seed", str(seed), *ALONE)
+    for layers in LAYERS[1:]:
+        found[f"{layers}_layers_seed{SEEDS[0]}"] = ("--layers", str(layers), "--seed", str(SEEDS[0]), *RECIPE)
+    return found
+
+
+def train(data: Path, teacher: str, student: str) -> None:
+    """Train and export whatever is not there yet."""
+    if not Path("runs/teacher").is_dir():
+        _run("train-teacher", "--data", data, "--model", teacher, "--resume")
+    for name, options in _students().items():
+        if not Path("runs", name).is_dir():
+            _run("train-student", "--student", student, "--output", f"runs/{name}", "--resume", *options)
+        if not Path("runs", f"{name}_int8").is_dir():
+            output = ("--output", f"runs/{name}_int8")
+            _run("export", "--int8", "--max-drop", "100", "--student", f"runs/{name}", *output)
+
+
+def _peers(data: Data, student: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train every peer: how it classifies, and its row of the table."""
+    makers = {
+        "TF-IDF + logistic regression": lambda: peers.tfidf(data, student),
+        "model2vec + logistic regression": lambda: peers.model2vec(data, student),
+        "SetFit": lambda: peers.setfit(data, student),
+        "Optimum INT8 of the teacher": lambda: peers.teacher_int8(
+            data, Path("runs/teacher"), Path("runs/teacher_int8")
+        ),
+    }
+    classify, rows = {}, {}
+    for name, make in makers.items():
+        click.echo(f"Peer: {name}")
+        started = time.monotonic()
+        classify[name], size = make()
+        rows[name] = {"bytes": size, "seconds": round(time.monotonic() - started)}
+    return classify, rows
+
+
+def evaluate(student: str) -> dict[str, Any]:
+    """Test scores, sizes and latencies of all versions of one set."""
+    torch.set_num_threads(1)
+    manifest = read_manifest(Path("runs/teacher"), "train-teacher")
+    data = reload_data(manifest.data, manifest.labels)
+    classes = len(data.labels)
+    texts, truth = texts_of(data.splits["test"]), np.asarray(data.splits["test"]["label"])
+    classify: dict[str, Any] = {
+        "teacher": pipeline(
+            "text-classification",
+            model=load_model("runs/teacher", data.labels).eval(),
+            tokenizer=load_tokenizer("runs/teacher", manifest.max_length),
+            truncation=True,
+        )
+    }
+    rows: dict[str, dict[str, Any]] = {"teacher": {}}
+    predicted = {"teacher": read_predictions(Path("runs/teacher"), "test")["teacher"].predicted}
+    rows["teacher"]["bytes"] = Path("runs/teacher/model.safetensors").stat().st_size
+    for name in _students():
+        folder = Path("runs", f"{name}_int8")
+        predicted[name] = read_predictions(folder, "test")["int8"].predicted
+        rows[name] = {"bytes": (folder / INT8).stat().st_size}
+        if "seed1" in name and "alone" not in name:
+            classify[name] = Classifier(folder, provider="cpu", threads=1)
+    others, their_rows = _peers(data, student)
+    for name, run in others.items():
+        predicted[name] = run(texts)
+        rows[name] = their_rows[name]
+        classify[name] = lambda text, run=run: run([text])
+    sample = texts[:: max(1, len(texts) // TIMED)][:TIMED]
+    latency = measure(classify, sample, rounds=3)
+    for name, row in rows.items():
+        row["macro_f1"] = score(truth, predicted[name], classes).macro_f1
+        row["kept"] = row["macro_f1"] / score(truth, predicted["teacher"], classes).macro_f1
+        if name in latency:
+            row["latency_ms"] = latency[name]
+            row["speed_up"] = latency["teacher"] / latency[name]
+    with_teacher = [f"2_layers_seed{seed}" for seed in SEEDS]
+    alone = [f"2_layers_alone_seed{seed}" for seed in SEEDS]
+    samples = paired_bootstrap(truth, [predicted[name] for name in with_teacher + alone], classes).macro_f1
+    scores = [rows[name]["macro_f1"] for name in with_teacher + alone]
+    half = len(SEEDS)
+    gain = interval(
+        float(np.mean(scores[:half]) - np.mean(scores[half:])),
+        samples[:, :half].mean(axis=1) - samples[:, half:].mean(axis=1),
+    )
+    return {
+        "cpu": cpu_name(),
+        "versions": manifest.versions,
+        "recipe": " ".join(RECIPE),
+        "recipe_alone": " ".join(ALONE),
+        "rows": data.manifest()["rows"],
+        "classes": classes,
+        "results": rows,
+        "two_layers": {
+            "mean": float(np.mean(scores[:half])),
+            "deviation": float(np.std(scores[:half], ddof=1)),
+        },
+        "gain_over_no_teacher": {"value": gain.value, "low": gain.low, "high": gain.high},
+    }
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option("--teacher", default="sentence-transformers/all-mpnet-base-v2", help="Checkpoint.")
+@click.option("--student", default="sentence-transformers/all-MiniLM-L6-v2", help="Checkpoint.")
+@click.option("--set", "names", multiple=True, default=SETS, help="Sets to run; all when left out.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("pareto"), help="Folder for the runs.")
+def main(data: Path, teacher: str, student: str, names: tuple[str, ...], work: Path) -> None:
+    """Run the benchmark, set by set."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    # The runs have a working folder of their own, so that the chain's default paths serve.
+    teacher, student = (str(Path(one).resolve()) if Path(one).is_dir() else one for one in (teacher, student))
+    data, work = data.resolve(), work.resolve()
+    for name in names:
+        folder = work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        os.chdir(folder)
+        train(data / name, teacher, student)
+        result = evaluate(student)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        click.echo(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

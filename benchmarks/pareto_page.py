@@ -1,0 +1,97 @@
+"""The Pareto table and plot of the sets that `pareto.py` has measured, beside its results.
+
+Usage: python benchmarks/pareto_page.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).resolve().parent / "results" / "pareto"
+
+
+def _label(name: str) -> str:
+    layers, _, rest = name.partition("_layers")
+    if not rest:
+        return name
+    return (
+        f"student, {layers} layers, INT8"
+        if "alone" not in rest
+        else f"the same without a teacher, {layers} layers"
+    )
+
+
+def _merged(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows of the table: the mean over seeds, with the figures that only one seed was measured for."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, row in results.items():
+        groups.setdefault(_label(name), []).append(row)
+    merged = {}
+    for label, rows in groups.items():
+        merged[label] = {key: value for row in reversed(rows) for key, value in row.items()}
+        for key in ("macro_f1", "kept"):
+            merged[label][key] = sum(row[key] for row in rows) / len(rows)
+        merged[label]["seeds"] = len(rows)
+    return merged
+
+
+def table(name: str, result: dict[str, Any]) -> str:
+    """Markdown of one set."""
+    gain = result["gain_over_no_teacher"]
+    lines = [
+        f"## {name}",
+        "",
+        f"{result['classes']} classes; {result['rows']['train']:,} texts for training, "
+        f"{result['rows']['test']:,} for the test; {result['cpu']}.",
+        "",
+        "| version | macro-F1 | kept | ms | times as fast | MB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for label, row in _merged(result["results"]).items():
+        latency = f"{row['latency_ms']:.2f} | {row['speed_up']:.0f}" if "latency_ms" in row else "|"
+        seeds = f" ({row['seeds']} seeds)" if row["seeds"] > 1 else ""
+        lines.append(
+            f"| {label}{seeds} | {row['macro_f1']:.4f} | "
+            f"{row['kept']:.1%} | {latency} | {row['bytes'] / 1e6:.1f} |"
+        )
+    lines += [
+        "",
+        f"With a teacher the student of 2 layers gains {100 * gain['value']:.1f} points "
+        f"(95 % interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Macro-F1 against latency, one panel a set."""
+    figure, axes = plt.subplots(1, len(results), figsize=(4.5 * len(results), 4), squeeze=False)
+    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
+        for label, row in _merged(result["results"]).items():
+            if "latency_ms" in row:
+                style = {"s": 60, "marker": "o" if label.startswith(("student", "teacher")) else "x"}
+                axis.scatter(row["latency_ms"], row["macro_f1"], label=label, **style)
+        axis.set(xscale="log", xlabel="milliseconds a text, one thread", ylabel="test macro-F1", title=name)
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Write README.md and pareto.svg."""
+    results = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))
+    }
+    page = ["# Quality against latency and size", "", "Written by `python benchmarks/pareto_page.py`.", ""]
+    page += [f"Recipe of the students: `distill train-student {next(iter(results.values()))['recipe']}`.", ""]
+    page += [table(name, result) for name, result in results.items()]
+    page += ["![macro-F1 against latency](pareto.svg)", ""]
+    (RESULTS / "README.md").write_text("\n".join(page), encoding="utf-8")
+    plot(results, RESULTS / "pareto.svg")
+
+
+if __name__ == "__main__":
+    main()
