@@ -309,6 +309,8 @@ BEYOND_THE_MODEL = ("labels", "teacher_logits")
 class LossTrainer(Trainer):
     """A Trainer whose loss is a function of the model's logits and the rest of the batch."""
 
+    optimizer: Any
+
     def __init__(
         self,
         *args: Any,
@@ -328,7 +330,7 @@ class LossTrainer(Trainer):
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(lengths, batch_size, self.args.seed)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer does, but with a learning rate of its own for the head.
 
         A head is drawn at random, and with a rate that suits pre-trained weights it would still be learning
