@@ -1,6 +1,8 @@
 """What one might use instead of a distilled student, trained on the same split, chosen on validation.
 
 Needs `pip install --constraint constraints.txt ".[train,cpu,peers]"`.
+
+Usage: python benchmarks/pareto.py, which imports this.
 """
 
 import tempfile

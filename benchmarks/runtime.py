@@ -4,7 +4,7 @@ Latency of one text (one thread each), bulk throughput on all cores (the pipelin
 and the time from starting Python to the first answer. Writes benchmarks/results/runtime.json, or with another
 bundle runtime_NAME.json: the fewer layers, the more of the time is overhead.
 
-Usage: python benchmarks/runtime.py [DEMO_FOLDER] [--bundle runs/two_layers], after `make demo`.
+Usage: python benchmarks/runtime.py [DEMO_FOLDER] [--bundle runs/two_layers] [--file test.csv]
 """
 
 import json
@@ -93,14 +93,15 @@ def _cold_start(bundle: Path, repeats: int) -> list[float]:
 @click.argument("demo", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"))
 @click.option("--texts", "count", default=300, help="Test texts for latency; throughput takes all of them.")
 @click.option("--bundle", type=click.Path(path_type=Path), default=BUNDLE, help="In the demo's folder.")
+@click.option("--file", default="sentiment/test.csv", help="CSV with the texts, in the demo's folder.")
 @click.option("--repeats", default=5, help="Of throughput and of the cold start.")
-def main(demo: Path, count: int, bundle: Path, repeats: int) -> None:
+def main(demo: Path, count: int, bundle: Path, file: str, repeats: int) -> None:
     """Measure the runtime on the demo's bundle."""
     if not (demo / bundle).is_dir():
         raise click.ClickException(f"{demo}: no {bundle} in it; run `make demo` first")
     RESULTS.mkdir(exist_ok=True)
     os.chdir(demo)
-    texts = pyarrow.csv.read_csv("sentiment/test.csv")["text"].to_pylist()
+    texts = pyarrow.csv.read_csv(file)["text"].to_pylist()
     one = Classifier(bundle, provider="cpu", threads=1)
     pipeline = _pipeline(bundle, 1)
     sides = {

@@ -315,12 +315,14 @@ class LossTrainer(Trainer):
         self,
         *args: Any,
         loss: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor],
-        head_learning_rate: float,
+        head_learning_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.loss = loss
-        self.head_learning_rate = head_learning_rate
+        self.head_learning_rate = (
+            HEAD_RATE * self.args.learning_rate if head_learning_rate is None else head_learning_rate
+        )
         # Our losses are means over the batch, so the Trainer must divide by the accumulation steps itself.
         self.model_accepts_loss_kwargs = False
 
@@ -418,11 +420,7 @@ def fit(
         compute_metrics=evaluate,
         callbacks=[progress, SaveInTime(), EarlyStoppingCallback(options.patience)],
         loss=loss,
-        head_learning_rate=(
-            HEAD_RATE * options.learning_rate
-            if options.head_learning_rate is None
-            else options.head_learning_rate
-        ),
+        head_learning_rate=options.head_learning_rate,
     )
     trainer.pop_callback(_printer())
     logger.info("%s: %d texts on %s in %s", title, len(train), device, precision)

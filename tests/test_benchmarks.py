@@ -9,7 +9,8 @@ SCRIPTS = sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_finds_what_it_imports(path):
+def test_a_script_finds_what_it_imports(path, monkeypatch):
+    monkeypatch.syspath_prepend(path.parent)  # as Python does for a script
     spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

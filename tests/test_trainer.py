@@ -25,7 +25,7 @@ def test_every_parameter_is_trained_once_and_the_head_at_its_own_rate(family, tm
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), learning_rate=1e-4, weight_decay=0.1, report_to=[], use_cpu=True
     )
-    trainer = LossTrainer(model=model, args=arguments, loss=None, head_learning_rate=1e-3)
+    trainer = LossTrainer(model=model, args=arguments, loss=None)
     groups = trainer.create_optimizer().param_groups
     trained = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(trained) == sorted(id(p) for p in model.parameters() if p.requires_grad)
