@@ -2,9 +2,9 @@
 
 For every set, with one recipe: the teacher is fine-tuned once; students of several depths learn from it, with
 three seeds, and without it; each is exported to INT8. Peers are trained on the same split. All are timed in
-one process, one text at a time on one thread. A step that has been done is found again, so a run goes on
-where it was stopped. Writes benchmarks/results/pareto/SET.json;
-pareto_page.py makes a table and a plot of all sets.
+one process, one text at a time on one thread. A teacher or student that is there already is not trained
+again, so a run goes on where it was stopped. Writes benchmarks/results/pareto/SET.json; pareto_page.py makes
+a table and a plot of all sets.
 
 Usage: python benchmarks/pareto.py DATA --teacher all-mpnet-base-v2 --student all-MiniLM-L6-v2 --set banking77
 
@@ -79,7 +79,7 @@ def train(data: Path, teacher: str, student: str) -> None:
 def _peers(data: Data, student: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train every peer: how it classifies, and its row of the table."""
     makers = {
-        "TF-IDF + logistic regression": lambda: peers.tfidf(data, student),
+        "TF-IDF + logistic regression": lambda: peers.tfidf(data),
         "model2vec + logistic regression": lambda: peers.model2vec(data, student),
         "SetFit": lambda: peers.setfit(data, student),
         "Optimum INT8 of the teacher": lambda: peers.teacher_int8(
@@ -97,7 +97,6 @@ def _peers(data: Data, student: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def evaluate(student: str) -> dict[str, Any]:
     """Test scores, sizes and latencies of all versions of one set."""
-    torch.set_num_threads(1)
     manifest = read_manifest(Path("runs/teacher"), "train-teacher")
     data = reload_data(manifest.data, manifest.labels)
     classes = len(data.labels)
@@ -125,6 +124,7 @@ def evaluate(student: str) -> dict[str, Any]:
         rows[name] = their_rows[name]
         classify[name] = lambda text, run=run: run([text])
     sample = texts[:: max(1, len(texts) // TIMED)][:TIMED]
+    torch.set_num_threads(1)
     latency = measure(classify, sample, rounds=3)
     for name, row in rows.items():
         row["macro_f1"] = score(truth, predicted[name], classes).macro_f1

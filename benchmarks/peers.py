@@ -37,7 +37,7 @@ def _best_regression(features: Callable[[Sequence[str]], Any], data: Data) -> Cl
     return lambda given: np.asarray(best.predict(features(given)))
 
 
-def tfidf(data: Data, checkpoint: str) -> tuple[Classify, int]:
+def tfidf(data: Data) -> tuple[Classify, int]:
     """TF-IDF of words and pairs of words, and logistic regression."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -72,7 +72,8 @@ def setfit(data: Data, checkpoint: str) -> tuple[Classify, int]:
 
 
 def teacher_int8(data: Data, teacher: Path, folder: Path) -> tuple[Classify, int]:
-    """Optimum's own dynamic INT8 of the teacher, in a transformers pipeline."""
+    """Optimum's own dynamic INT8 of the teacher, in a transformers pipeline on one thread."""
+    from onnxruntime import SessionOptions
     from optimum.onnxruntime import ORTModelForSequenceClassification, ORTQuantizer
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
     from transformers import AutoTokenizer, pipeline
@@ -82,8 +83,11 @@ def teacher_int8(data: Data, teacher: Path, folder: Path) -> tuple[Classify, int
         setting = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True)
         ORTQuantizer.from_pretrained(plain).quantize(save_dir=folder, quantization_config=setting)
         AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
-    model = ORTModelForSequenceClassification.from_pretrained(folder)
-    classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
+    options = SessionOptions()
+    options.intra_op_num_threads = 1
+    model = ORTModelForSequenceClassification.from_pretrained(folder, session_options=options)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, truncation=True)
     index = {name: number for number, name in enumerate(data.labels)}
     size = sum(path.stat().st_size for path in folder.glob("*.onnx"))
     return lambda given: np.asarray([index[answer["label"]] for answer in classify(list(given))]), size

@@ -76,7 +76,7 @@ def training_options(epochs: float, learning_rate: float) -> Callable[[Callable]
                 click.option(
                     "--head-learning-rate",
                     type=RATE,
-                    help="Of the head, which is drawn at random [ten times --learning-rate].",
+                    help="Of the classification head [ten times --learning-rate].",
                 ),
                 click.option("--warmup-ratio", type=SHARE, default=0.06, help="Share of steps that warm up."),
                 click.option(

@@ -1,10 +1,6 @@
-"""What teacher and student training share: the `Trainer`, its arguments, progress and resumption."""
+"""What teacher and student training share: the `Trainer`, its arguments and its options."""
 
-import json
 import logging
-import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +14,11 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
-from distill.artifact import check_output
-from distill.errors import DistillError
+from distill.callbacks import ProgressCallback, SaveInTime
 from distill.metrics import score
 from distill.models import batched_logits, choose_device, choose_precision
 
 logger = logging.getLogger(__name__)
-SAVE_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -60,80 +54,6 @@ class TrainingOptions:
         return self.output.parent / "checkpoints" / self.output.name
 
 
-class ProgressCallback(TrainerCallback):
-    """Steps, loss and time left: a bar on a terminal, a line every tenth of the way elsewhere."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.bar: Any = None
-        self.task: Any = None
-        self.start = 0.0
-        self.first = 0
-        self.next_line = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self.start, self.first = time.monotonic(), state.global_step
-        self.next_line = 0.1
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move on by one step."""
-        if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step)
-        elif state.global_step >= self.next_line * state.max_steps:
-            self.next_line = state.global_step / state.max_steps + 0.1
-            passed = time.monotonic() - self.start
-            left = passed / (state.global_step - self.first) * (state.max_steps - state.global_step)
-            logger.info(
-                "%s: step %d of %d, %s left", self.title, state.global_step, state.max_steps, _clock(left)
-            )
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
-    ) -> None:
-        """Say what validation gave."""
-        metrics = metrics or {}
-        if "eval_macro_f1" in metrics and state.epoch:
-            scores = metrics["eval_macro_f1"], metrics["eval_accuracy"]
-            logger.info(
-                "%s: epoch %.2f, validation macro-F1 %.4f, accuracy %.4f", self.title, state.epoch, *scores
-            )
-
-    def close(self) -> None:
-        """Take the bar away, also after an interruption."""
-        if self.bar is not None:
-            self.bar.stop()
-
-
-class SaveInTime(TrainerCallback):
-    """Ask for a checkpoint when the last one is some time old, so that a long epoch can be resumed."""
-
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the clock."""
-        if time.monotonic() - self.last >= SAVE_SECONDS:
-            control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock again."""
-        self.last = time.monotonic()
-
-
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):
     """Rows in an order that depends on seed and epoch alone, so that a resumed epoch goes on with its own."""
 
@@ -150,11 +70,6 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"
 
 
 def tokenize(dataset: Dataset, tokenizer: Any) -> Dataset:
@@ -225,71 +140,6 @@ def _arguments(options: TrainingOptions, precision: str, device: str) -> Trainin
     )
 
 
-RECIPE = "recipe.json"
-
-
-def _last_complete(folder: Path) -> str | None:
-    """The newest checkpoint that is complete; newer ones, cut short by an interruption, are removed."""
-    while last := get_last_checkpoint(str(folder)):
-        try:
-            json.loads((Path(last) / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(last)
-        except (OSError, ValueError):
-            shutil.rmtree(last)
-    return None
-
-
-def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any], stage: str) -> str | None:
-    """Decide, before any work, whether to resume; give the checkpoint to resume from.
-
-    Args:
-        options: where and how to train.
-        recipe: everything that decides the result; a resumed run must have the same.
-        stage: which stage trains.
-
-    Raises:
-        DistillError: if the output exists, if an interrupted run would be lost, or if the recipe changed.
-    """
-    if options.max_steps == 0:
-        raise DistillError("--max-steps 0: trains nothing; give at least 1, or -1 for no limit")
-    check_output(options.output, options.overwrite, stage)
-    folder, record = options.checkpoints, options.checkpoints / RECIPE
-    recipe = json.loads(json.dumps(recipe, default=str))
-    if folder.exists() and not record.is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise DistillError(
-            f"{folder}: checkpoints would go here, and distill did not write it; choose another --output"
-        )
-    last = _last_complete(folder) if folder.is_dir() else None
-    if last and options.resume:
-        before = json.loads(record.read_text(encoding="utf-8"))
-        changed = sorted(key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key))
-        if changed:
-            key = changed[0]
-            raise DistillError(
-                f"--resume: {key.replace('_', '-')} was {before.get(key)} in {folder} and is now "
-                f"{recipe.get(key)}; give it as it was, or start again with --overwrite instead of --resume"
-            )
-        logger.info("Resuming from %s", last)
-        return last
-    if last and not options.overwrite:
-        raise DistillError(
-            f"{folder}: checkpoints of an interrupted run; --resume goes on, --overwrite starts again"
-        )
-    if options.resume:
-        logger.info("No checkpoint in %s yet: starting from the beginning", folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    record.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
-    return None
-
-
-def discard_checkpoints(options: TrainingOptions) -> None:
-    """Remove the checkpoints of a run that has been published."""
-    shutil.rmtree(options.checkpoints, ignore_errors=True)
-    if options.checkpoints.parent.is_dir() and not any(options.checkpoints.parent.iterdir()):
-        options.checkpoints.parent.rmdir()
-
-
 HEAD_RATE = 10
 
 
@@ -300,7 +150,7 @@ def is_head(name: str, prefix: str) -> bool:
         name: of the parameter in the classifier.
         prefix: of the encoder in it, its `base_model_prefix`.
     """
-    return not name.removeprefix("module.").startswith(f"{prefix}.") or ".pooler." in name
+    return not name.startswith(f"{prefix}.") or ".pooler." in name
 
 
 BEYOND_THE_MODEL = ("labels", "teacher_logits")
@@ -335,8 +185,7 @@ class LossTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer does, but with a learning rate of its own for the head.
 
-        A head is drawn at random, and with a rate that suits pre-trained weights it would still be learning
-        when the training ends, the more so the more classes there are.
+        A head is drawn at random and has further to go than pre-trained weights, which the other rate suits.
         """
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))

@@ -19,20 +19,14 @@ from transformers import set_seed
 
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
 from distill.calibration import fit_temperature
+from distill.checkpoints import discard_checkpoints, prepare_checkpoints
 from distill.data import reload_data, texts_of
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, read_predictions, write_predictions
 from distill.sources import Columns
-from distill.trainer import (
-    TrainingOptions,
-    discard_checkpoints,
-    fit,
-    predict_logits,
-    prepare_checkpoints,
-    tokenize,
-)
+from distill.trainer import TrainingOptions, fit, predict_logits, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +125,12 @@ def train_student(options: StudentOptions) -> Manifest:
         },
         "train-student",
     )
+    extra = {"unlabeled": sum(map(len, unlabeled)), "augmented": 0}
     if budget:
         # Of the split's seed, not of this run's: all students of a teacher share texts and soft labels.
         made = augmented_text(corpus, budget, data.seed, held_out, options.checkpoints / "augmented")
         corpus, unlabeled = concatenate_datasets([corpus, made]), [*unlabeled, made]
+        extra["augmented"] = len(made)
     logits = teacher_logits(options.teacher, teacher, corpus, options.device, options.precision)
     temperature = _teacher_temperature(options.teacher)
     logits /= temperature
@@ -149,8 +145,6 @@ def train_student(options: StudentOptions) -> Manifest:
         )
 
     trained = fit(model, tokenizer, train, validation, options, loss, "Student", resume_from)
-    augmented = len(unlabeled[-1]) if budget else 0
-    extra = {"unlabeled": sum(map(len, unlabeled)) - augmented, "augmented": augmented}
     predictions = {
         split: predict_logits(trained.model, tokenizer, data.splits[split], trained.device, trained.precision)
         for split in EVALUATED

@@ -12,20 +12,14 @@ from torch.nn import functional as F
 from transformers import set_seed
 
 from distill.artifact import Manifest, publish
+from distill.checkpoints import discard_checkpoints, prepare_checkpoints
 from distill.data import load_data
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, write_predictions
 from distill.sources import Columns
-from distill.trainer import (
-    TrainingOptions,
-    discard_checkpoints,
-    fit,
-    predict_logits,
-    prepare_checkpoints,
-    tokenize,
-)
+from distill.trainer import TrainingOptions, fit, predict_logits, tokenize
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,14 @@ def chain(tmp_path_factory, checkpoint: Path, data_file: Path) -> Chain:
 
     root = tmp_path_factory.mktemp("runs")
     chain = Chain(root, data_file, checkpoint, root / "teacher", root / "student", root / "export")
-    common = {"epochs": 8, "learning_rate": 3e-3, "precision": "fp32", "batch_size": 16}
+    # At the encoder's rate the head does not learn it all, so that the versions disagree about some texts.
+    common = {
+        "epochs": 8,
+        "learning_rate": 3e-3,
+        "head_learning_rate": 3e-3,
+        "precision": "fp32",
+        "batch_size": 16,
+    }
     train_teacher(TeacherOptions(output=chain.teacher, data=str(data_file), model=str(checkpoint), **common))
     train_student(StudentOptions(output=chain.student, teacher=chain.teacher, layers=2, **common))
     export_student(ExportOptions(student=chain.student, output=chain.export, int8=True, max_drop=100.0))

@@ -7,11 +7,11 @@ from torch.nn import functional as F
 from transformers import TrainingArguments
 
 from distill.artifact import read_manifest, verify
+from distill.callbacks import ProgressCallback
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import load_model
 from distill.predictions import read_predictions
-from distill.trainer import ProgressCallback
 
 LABELS = np.array([0] * 10 + [1] * 3 + [2] * 7)
 
@@ -120,7 +120,7 @@ def _interrupted_at(step, monkeypatch, options):
 def test_a_run_interrupted_inside_an_epoch_goes_on_to_the_same_weights(
     tmp_path, data_file, checkpoint, monkeypatch
 ):
-    monkeypatch.setattr("distill.trainer.SAVE_SECONDS", 0)
+    monkeypatch.setattr("distill.callbacks.SAVE_SECONDS", 0)
     short = {"epochs": 2, "batch_size": 60, "dropout": 0.1}
     train_teacher(_options(tmp_path / "whole", data_file, checkpoint, **short))
     options = _options(tmp_path, data_file, checkpoint, **short)

@@ -1,0 +1,90 @@
+"""What happens beside a training: progress on the screen, and a checkpoint in time."""
+
+import logging
+import sys
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+SAVE_SECONDS = 600
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
+class ProgressCallback(TrainerCallback):
+    """Steps, loss and time left: a bar on a terminal, a line every tenth of the way elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Any = None
+        self.task: Any = None
+        self.start = 0.0
+        self.first = 0
+        self.next_line = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.start, self.first = time.monotonic(), state.global_step
+        self.next_line = 0.1
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move on by one step."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+        elif state.global_step >= self.next_line * state.max_steps:
+            self.next_line = state.global_step / state.max_steps + 0.1
+            passed = time.monotonic() - self.start
+            left = passed / (state.global_step - self.first) * (state.max_steps - state.global_step)
+            logger.info(
+                "%s: step %d of %d, %s left", self.title, state.global_step, state.max_steps, _clock(left)
+            )
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Say what validation gave."""
+        metrics = metrics or {}
+        if "eval_macro_f1" in metrics and state.epoch:
+            scores = metrics["eval_macro_f1"], metrics["eval_accuracy"]
+            logger.info(
+                "%s: epoch %.2f, validation macro-F1 %.4f, accuracy %.4f", self.title, state.epoch, *scores
+            )
+
+    def close(self) -> None:
+        """Take the bar away, also after an interruption."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class SaveInTime(TrainerCallback):
+    """Ask for a checkpoint when the last one is some time old, so that a long epoch can be resumed."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the clock."""
+        if time.monotonic() - self.last >= SAVE_SECONDS:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock again."""
+        self.last = time.monotonic()

@@ -1,0 +1,78 @@
+"""Where an interrupted training is picked up: what may be resumed, and what would be lost."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from distill.artifact import check_output
+from distill.errors import DistillError
+from distill.trainer import TrainingOptions
+
+logger = logging.getLogger(__name__)
+RECIPE = "recipe.json"
+
+
+def _last_complete(folder: Path) -> str | None:
+    """The newest checkpoint that is complete; newer ones, cut short by an interruption, are removed."""
+    while last := get_last_checkpoint(str(folder)):
+        try:
+            json.loads((Path(last) / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(last)
+        except (OSError, ValueError):
+            shutil.rmtree(last)
+    return None
+
+
+def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any], stage: str) -> str | None:
+    """Decide, before any work, whether to resume; give the checkpoint to resume from.
+
+    Args:
+        options: where and how to train.
+        recipe: everything that decides the result; a resumed run must have the same.
+        stage: which stage trains.
+
+    Raises:
+        DistillError: if the output exists, if an interrupted run would be lost, or if the recipe changed.
+    """
+    if options.max_steps == 0:
+        raise DistillError("--max-steps 0: trains nothing; give at least 1, or -1 for no limit")
+    check_output(options.output, options.overwrite, stage)
+    folder, record = options.checkpoints, options.checkpoints / RECIPE
+    recipe = json.loads(json.dumps(recipe, default=str))
+    if folder.exists() and not record.is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise DistillError(
+            f"{folder}: checkpoints would go here, and distill did not write it; choose another --output"
+        )
+    last = _last_complete(folder) if folder.is_dir() else None
+    if last and options.resume:
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = sorted(key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key))
+        if changed:
+            key = changed[0]
+            raise DistillError(
+                f"--resume: {key.replace('_', '-')} was {before.get(key)} in {folder} and is now "
+                f"{recipe.get(key)}; give it as it was, or start again with --overwrite instead of --resume"
+            )
+        logger.info("Resuming from %s", last)
+        return last
+    if last and not options.overwrite:
+        raise DistillError(
+            f"{folder}: checkpoints of an interrupted run; --resume goes on, --overwrite starts again"
+        )
+    if options.resume:
+        logger.info("No checkpoint in %s yet: starting from the beginning", folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    record.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
+    return None
+
+
+def discard_checkpoints(options: TrainingOptions) -> None:
+    """Remove the checkpoints of a run that has been published."""
+    shutil.rmtree(options.checkpoints, ignore_errors=True)
+    if options.checkpoints.parent.is_dir() and not any(options.checkpoints.parent.iterdir()):
+        options.checkpoints.parent.rmdir()
