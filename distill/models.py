@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from distill.errors import DistillError
+from distill.first_token import first_token_only
+from distill.sources import parts_of
 
 logger = logging.getLogger(__name__)
 transformers.utils.logging.set_verbosity_error()
@@ -198,7 +200,7 @@ def batched_logits(
     order = np.argsort(-lengths, kind="stable")
     logits = np.empty((len(lengths), model.config.num_labels), dtype=np.float32)
     start = 0
-    with inference(device, precision):
+    with first_token_only(model), inference(device, precision):
         while start < len(order):
             rows = order[start : start + max(1, batch_tokens // max(1, int(lengths[order[start]])))]
             batch = tokenizer.pad(inputs(rows), return_tensors="pt").to(device)
@@ -224,15 +226,13 @@ def open_pytorch(
     cores = threads or torch.get_num_threads()
 
     def one(text: Any) -> Any:
-        parts = text if isinstance(text, tuple) else (text,)
         torch.set_num_threads(1)
         with torch.inference_mode():
-            return model(**tokenizer(*parts, truncation=True, return_tensors="pt")).logits
+            return model(**tokenizer(*parts_of(text), truncation=True, return_tensors="pt")).logits
 
     def many(texts: list[Any]) -> NDArray[np.float32]:
         torch.set_num_threads(cores)
-        parts = [text if isinstance(text, tuple) else (text,) for text in texts]
-        columns = tokenizer(*map(list, zip(*parts, strict=True)), truncation=True)
+        columns = tokenizer(*map(list, zip(*map(parts_of, texts), strict=True)), truncation=True)
         lengths = np.array([len(ids) for ids in columns["input_ids"]])
 
         def inputs(rows: NDArray[np.int64]) -> dict[str, Any]:

@@ -33,6 +33,11 @@ class Columns:
     label: str | None = None
 
 
+def parts_of(text: str | tuple[str, str]) -> tuple[str, ...]:
+    """The one text, or the two of a pair."""
+    return text if isinstance(text, tuple) else (text,)
+
+
 def text_id(text: str, text_pair: str | None = None) -> str:
     """Name a text (or a pair) by 64 bits of its BLAKE2b hash, in hexadecimal."""
     joined = text if text_pair is None else f"{text}\x1f{text_pair}"

@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
 from distill.callbacks import ProgressCallback, SaveInTime
+from distill.first_token import first_token_only
 from distill.metrics import score
 from distill.models import batched_logits, choose_device, choose_precision
 
@@ -274,7 +275,8 @@ def fit(
     trainer.pop_callback(_printer())
     logger.info("%s: %d texts on %s in %s", title, len(train), device, precision)
     try:
-        trainer.train(resume_from_checkpoint=resume_from)
+        with first_token_only(model):
+            trainer.train(resume_from_checkpoint=resume_from)
     except KeyboardInterrupt:
         if get_last_checkpoint(str(options.checkpoints)):
             logger.info("%s: interrupted; --resume goes on from the last checkpoint", title)

@@ -6,17 +6,19 @@ An augmented text has no label of its own, so it need not be right or even reada
 """
 
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from distill.sources import text_id
+from distill.sources import parts_of, text_id
 from distill.words import segments
 
 Text = str | tuple[str, str]
 Words = list[str]
-DROP, SUBSTITUTE = 0.2, 0.3  # share of the words
+DROP, SUBSTITUTE, REPLACE = 0.2, 0.3, 0.4  # share of the words
 LARGEST_CORPUS = 50_000  # texts whose n-grams are kept
+RARE = 0.001  # share of a word in the corpus up to which it is replaced as often as any
+GRAMMAR = 0.01  # share from which a word holds sentences together and replaces no other
 ATTEMPTS = 3  # a text wanted, before the corpus is held to be exhausted
 EDGE = ""
 
@@ -30,9 +32,13 @@ class Corpus:
         between: words seen between two others.
         after: words seen after another; the edge of a text is an empty word.
         before: words seen before another.
+        similar: words like a word, by that word.
+        share: of each word among all.
     """
 
     texts: list[Words]
+    similar: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    share: dict[str, float] = field(default_factory=dict)
     between: dict[tuple[str, str], Words] = field(default_factory=lambda: defaultdict(list))
     after: dict[str, Words] = field(default_factory=lambda: defaultdict(list))
     before: dict[str, Words] = field(default_factory=lambda: defaultdict(list))
@@ -44,6 +50,8 @@ class Corpus:
                 self.between[left, right].append(word)
                 self.after[left].append(word)
                 self.before[right].append(word)
+        counts = Counter(_bare(word) for words in self.texts for word in words)
+        self.share = {word: count / counts.total() for word, count in counts.items()}
 
 
 def _bare(word: str) -> str:
@@ -86,11 +94,36 @@ def substitute_words(words: Words, corpus: Corpus, generator: random.Random) -> 
     return changed
 
 
+def replace_words(words: Words, corpus: Corpus, generator: random.Random) -> Words:
+    """Put a word that is like it in place of two words in five: TinyBERT's algorithm 1, see `neighbours.py`.
+
+    Frequent words are replaced less often, by the square root of section 2.3 of Mikolov et al. (2013), arXiv
+    1310.4546. Of all augmentations this one alone brings in words that the corpus does not have.
+    """
+    changed = list(words)
+    for position, word in enumerate(words):
+        chance = REPLACE * min(1.0, (RARE / corpus.share.get(_bare(word), RARE)) ** 0.5)
+        if generator.random() >= chance:
+            continue
+        options = corpus.similar.get(word.strip(), ())
+        options = [option for option in options if corpus.share.get(_bare(option), 0) < GRAMMAR]
+        if options:
+            blanks = word[: len(word) - len(word.lstrip())]
+            changed[position] = blanks + generator.choice(options)
+    return changed
+
+
 Augmentation = Callable[[Words, Corpus, random.Random], Words]
-AUGMENTATIONS: tuple[Augmentation, ...] = (substitute_words, mix_texts, drop_words)
+AUGMENTATIONS: tuple[Augmentation, ...] = (replace_words, substitute_words, mix_texts, drop_words)
 
 
-def augment(texts: Sequence[Text], budget: int, seed: int, held_out: set[str]) -> Iterator[Text]:
+def augment(
+    texts: Sequence[Text],
+    budget: int,
+    seed: int,
+    held_out: set[str],
+    similar: Mapping[str, Sequence[str]] | None = None,
+) -> Iterator[Text]:
     """Make up to `budget` different texts, by each of `AUGMENTATIONS` in turn, from one text after the other.
 
     Args:
@@ -98,12 +131,14 @@ def augment(texts: Sequence[Text], budget: int, seed: int, held_out: set[str]) -
         budget: how many to make; fewer come if the corpus is too small for so many different ones.
         seed: the same texts, in the same order, for the same corpus and seed.
         held_out: ids (`text_id`) of validation and test texts, which are never made, not even by chance.
+        similar: words like a word, by that word; without any, no text is made by `replace_words`.
     """
     generator = random.Random(seed)
-    pairs: list[tuple[str, ...]] = [text if isinstance(text, tuple) else (text,) for text in texts]
+    pairs = list(map(parts_of, texts))
     sample = generator.sample(pairs, min(len(pairs), LARGEST_CORPUS))
     corpora = [
-        Corpus([words for words in map(segments, parts) if words]) for parts in zip(*sample, strict=True)
+        Corpus([words for words in map(segments, parts) if words], similar or {})
+        for parts in zip(*sample, strict=True)
     ]
     made = held_out | {text_id(*parts) for parts in pairs}
     count = 0

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from distill.data import load_unlabeled, texts_of
 from distill.errors import DistillError
-from distill.sources import Columns, text_id
+from distill.sources import Columns, parts_of, text_id
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +47,21 @@ def unlabeled_text(source: str, columns: Columns, held_out: set[str]) -> Dataset
     return dataset.select(kept)
 
 
-def augmented_text(corpus: Dataset, budget: int, seed: int, held_out: set[str], folder: Path) -> Dataset:
-    """Make `budget` texts out of a corpus, on disk in `folder`: columns id, text (and text_pair)."""
+def augmented_text(
+    corpus: Dataset,
+    budget: int,
+    seed: int,
+    held_out: set[str],
+    similar: dict[str, tuple[str, ...]],
+    folder: Path,
+) -> Dataset:
+    """Make `budget` texts out of a corpus, on disk in `folder`: columns id, text (and text_pair).
+
+    The other arguments are those of `augment`.
+    """
     # A tuple: datasets would give the items of a list to one call each.
-    arguments = {"texts": tuple(texts_of(corpus)), "budget": budget, "seed": seed, "held_out": held_out}
+    texts = tuple(texts_of(corpus))
+    arguments = {"texts": texts, "budget": budget, "seed": seed, "held_out": held_out, "similar": similar}
     names = [name for name in corpus.column_names if name in ("id", "text", "text_pair")]
     dataset = Dataset.from_generator(
         _rows,
@@ -65,9 +76,11 @@ def augmented_text(corpus: Dataset, budget: int, seed: int, held_out: set[str], 
     return dataset
 
 
-def _rows(texts: tuple[Text, ...], budget: int, seed: int, held_out: set[str]) -> Iterator[dict[str, str]]:
-    for text in augment(texts, budget, seed, held_out):
-        parts = text if isinstance(text, tuple) else (text,)
+def _rows(
+    texts: tuple[Text, ...], budget: int, seed: int, held_out: set[str], similar: dict[str, tuple[str, ...]]
+) -> Iterator[dict[str, str]]:
+    for text in augment(texts, budget, seed, held_out, similar):
+        parts = parts_of(text)
         yield {"id": text_id(*parts), **dict(zip(("text", "text_pair"), parts, strict=False))}
 
 

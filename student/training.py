@@ -13,6 +13,7 @@ from datasets import Dataset, concatenate_datasets
 from distill.student.architecture import cut_positions, keep_layers
 from distill.student.corpus import augmented_text, budget_of, unlabeled_text, with_soft_labels
 from distill.student.losses import distillation_loss
+from distill.student.neighbours import similar_words
 from distill.student.soft_labels import teacher_logits
 from distill.student.vocabulary import trim_vocabulary
 from transformers import set_seed
@@ -25,8 +26,9 @@ from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, read_predictions, write_predictions
-from distill.sources import Columns
+from distill.sources import Columns, parts_of
 from distill.trainer import TrainingOptions, fit, predict_logits, tokenize
+from distill.words import segments
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +63,8 @@ def _check(options: StudentOptions) -> None:
     choose_precision(choose_device(options.device), options.precision)
 
 
-def _build(options: StudentOptions, teacher: Manifest, corpus: Dataset) -> tuple[Any, Any, int]:
-    """Load the student's checkpoint, with fewer layers and tokens if asked; its tokenizer; its layers."""
+def _build(options: StudentOptions, teacher: Manifest) -> tuple[Any, Any]:
+    """Load the student's checkpoint, with fewer layers if asked, and its tokenizer."""
     checkpoint = options.student or str(teacher.options["model"])
     tokenizer = load_tokenizer(checkpoint, min(options.max_length, teacher.max_length), "--student")
     set_seed(options.seed)
@@ -72,12 +74,14 @@ def _build(options: StudentOptions, teacher: Manifest, corpus: Dataset) -> tuple
         layers = max(1, model.config.num_hidden_layers // 2)
     if layers is not None:
         model = keep_layers(model, layers)
-    model = cut_positions(model, tokenizer.model_max_length)
-    if options.vocabulary is not None:
-        before = len(tokenizer)
-        tokenizer = trim_vocabulary(model, tokenizer, texts_of(corpus), options.vocabulary or None)
-        logger.info("Vocabulary: %d of %d tokens", len(tokenizer), before)
-    return model, tokenizer, int(model.config.num_hidden_layers)
+    return cut_positions(model, tokenizer.model_max_length), tokenizer
+
+
+def _similar_words(folder: Path, teacher: Manifest, corpus: Dataset) -> dict[str, tuple[str, ...]]:
+    """For the words of the corpus, those that the teacher holds to be alike."""
+    words = {word.strip() for text in texts_of(corpus) for part in parts_of(text) for word in segments(part)}
+    model = load_model(str(folder), teacher.labels, "--teacher")
+    return similar_words(words, model, load_tokenizer(str(folder), teacher.max_length, "--teacher"))
 
 
 def _teacher_temperature(teacher: Path) -> float:
@@ -113,7 +117,7 @@ def train_student(options: StudentOptions) -> Manifest:
     recipe: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in ("resume", "overwrite")}
     corpus = concatenate_datasets([data.splits["train"].remove_columns("label"), *unlabeled])
     budget = budget_of(options.augment, len(data.splits["train"])) if options.augment else 0
-    model, tokenizer, layers = _build(options, teacher, corpus)
+    model, tokenizer = _build(options, teacher)
     parent = manifest_hash(options.teacher)
     resume_from = prepare_checkpoints(
         options,
@@ -128,9 +132,15 @@ def train_student(options: StudentOptions) -> Manifest:
     extra = {"unlabeled": sum(map(len, unlabeled)), "augmented": 0}
     if budget:
         # Of the split's seed, not of this run's: all students of a teacher share texts and soft labels.
-        made = augmented_text(corpus, budget, data.seed, held_out, options.checkpoints / "augmented")
+        similar = _similar_words(options.teacher, teacher, corpus)
+        folder = options.checkpoints / "augmented"
+        made = augmented_text(corpus, budget, data.seed, held_out, similar, folder)
         corpus, unlabeled = concatenate_datasets([corpus, made]), [*unlabeled, made]
         extra["augmented"] = len(made)
+    if options.vocabulary is not None:
+        before = len(tokenizer)
+        tokenizer = trim_vocabulary(model, tokenizer, texts_of(corpus), options.vocabulary or None)
+        logger.info("Vocabulary: %d of %d tokens", len(tokenizer), before)
     logits = teacher_logits(options.teacher, teacher, corpus, options.device, options.precision)
     temperature = _teacher_temperature(options.teacher)
     logits /= temperature
@@ -165,7 +175,11 @@ def train_student(options: StudentOptions) -> Manifest:
         device=trained.device,
         precision=trained.precision,
         wall_seconds=round(time.monotonic() - started, 1),
-        details={"layers": layers, "vocabulary": len(tokenizer), "teacher_temperature": temperature},
+        details={
+            "layers": int(model.config.num_hidden_layers),
+            "vocabulary": len(tokenizer),
+            "teacher_temperature": temperature,
+        },
     )
     with publish(options.output, manifest, options.overwrite) as folder:
         trained.model.to("cpu").save_pretrained(folder, safe_serialization=True)

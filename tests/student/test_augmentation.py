@@ -9,6 +9,7 @@ from distill.student.augmentation import (
     augment,
     drop_words,
     mix_texts,
+    replace_words,
     substitute_words,
 )
 from distill.student.corpus import augmented_text, budget_of, with_soft_labels
@@ -72,10 +73,32 @@ def test_blanks_before_a_substituted_word_stay():
     assert "a\tx c" in made
 
 
+def test_a_word_is_replaced_by_one_that_is_like_it():
+    words = segments("a good film, a good plot")
+    corpus = Corpus(
+        [segments(f"word{number} is rare") for number in range(500)], {"good": ["fine", "bad", "is"]}
+    )
+    made = {"".join(replace_words(words, corpus, random.Random(seed))) for seed in range(200)}
+    # "is" is grammar in this corpus.
+    assert made == {
+        f"a {one} film, a {two} plot" for one in ("good", "fine", "bad") for two in ("good", "fine", "bad")
+    }
+
+
+def test_frequent_words_are_replaced_less_often():
+    rare = Corpus(
+        [segments(f"word{number} is rare") for number in range(2000)], {"odd": ["even"], "rare": ["even"]}
+    )
+    made = ["".join(replace_words(segments("odd rare"), rare, random.Random(seed))) for seed in range(2000)]
+    odd, often = (sum(text.split()[place] == "even" for text in made) / 2000 for place in (0, 1))
+    assert odd == pytest.approx(0.4, abs=0.04)
+    assert often == pytest.approx(0.4 * (0.001 / (1 / 3)) ** 0.5, abs=0.02)
+
+
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 def test_scripts_without_blanks_are_augmented_by_the_character(augmentation):
     texts = ["今日は天気がいい", "明日も雨が降る"]
-    corpus = Corpus([segments(text) for text in texts])
+    corpus = Corpus([segments(text) for text in texts], dict.fromkeys(texts[0], "雪風水"))
     made = {
         "".join(augmentation(segments(texts[0]), corpus, random.Random(seed))).strip() for seed in range(20)
     }
@@ -112,7 +135,7 @@ def test_augmented_rows_have_ids_and_no_label(tmp_path):
     from datasets import Dataset
 
     corpus = Dataset.from_dict({"id": [text_id(text) for text in TEXTS], "text": TEXTS})
-    made = augmented_text(corpus, 40, 0, set(), tmp_path)
+    made = augmented_text(corpus, 40, 0, set(), {}, tmp_path)
     assert list(made["id"]) == [text_id(text) for text in made["text"]]
     rows = with_soft_labels(
         corpus.add_column("label", [1] * len(corpus)), [made], [[0.0, 1.0]] * (len(corpus) + 40)

@@ -1,0 +1,177 @@
+"""How fast a student trains: against the `Trainer` with its defaults, and with the teacher in every step.
+
+All sides train the same student on the same texts; the teacher's weights do not matter to speed. Tokens are
+those of the texts, without padding. One side after the other, several rounds, the median of each. Prints JSON
+and keeps it in benchmarks/results/training.json.
+
+Usage: python benchmarks/training.py SET --teacher all-mpnet-base-v2 --student all-MiniLM-L6-v2
+
+SET is a folder with data, as `distill train-teacher --data` takes it.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from datasets import Dataset
+from distill.student.architecture import cut_positions, keep_layers
+from distill.student.losses import distillation_loss
+from distill.student.vocabulary import trim_vocabulary
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+from distill.data import load_data, texts_of
+from distill.latency import cpu_name
+from distill.models import choose_precision, load_model, load_tokenizer
+from distill.trainer import BEYOND_THE_MODEL, Collator, LossTrainer, TrainingOptions, fit, tokenize
+
+RESULTS = Path(__file__).resolve().parent / "results"
+RATE = 3e-4
+
+
+def _loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return distillation_loss(logits, batch["teacher_logits"], batch["labels"])
+
+
+def with_defaults(model: Any, tokenizer: Any, train: Dataset) -> None:
+    """`Trainer` as it comes: batches of 8 as they fall, padded, in fp32."""
+    names = [*tokenizer.model_input_names, "label"]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(folder, num_train_epochs=1, save_strategy="no", report_to=[],
+                                      disable_tqdm=True, logging_strategy="no")  # fmt: skip
+        rows = train.select_columns([name for name in names if name in train.column_names])
+        collator = DataCollatorWithPadding(tokenizer)
+        Trainer(model, arguments, collator, rows).train()
+
+
+def from_kept_labels(model: Any, tokenizer: Any, train: Dataset, batch_size: int) -> None:
+    """As `distill train-student` trains, with the teacher's logits at hand."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = TrainingOptions(Path(folder, "run"), epochs=1, batch_size=batch_size, learning_rate=RATE)
+        fit(model, tokenizer, train, train.select(range(8)), options, _loss, "Student", None)
+
+
+class BothTrainer(LossTrainer):
+    """Runs the teacher on every batch."""
+
+    teacher: Any
+    precision: str
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Teacher logits first, then as always."""
+        own = {name.removeprefix("teacher_"): inputs.pop(name) for name in list(inputs)
+               if name.startswith("teacher_") and name not in BEYOND_THE_MODEL}  # fmt: skip
+        with torch.no_grad():
+            inputs["teacher_logits"] = self.teacher(**own).logits
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def with_teacher_in_step(
+    model: Any, tokenizer: Any, train: Dataset, batch_size: int, teacher: Any, teacher_tokenizer: Any
+) -> None:
+    """The same, but that nothing is kept: the teacher labels every batch again, in the same precision."""
+    collate = Collator(tokenizer)
+
+    def both(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        theirs = [{"input_ids": row["teacher_input_ids"]} for row in rows]
+        padded = teacher_tokenizer.pad(theirs, return_tensors="pt")
+        return {**collate(rows), **{f"teacher_{name}": value for name, value in padded.items()}}
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, num_train_epochs=1, per_device_train_batch_size=batch_size, learning_rate=RATE,
+            group_by_length=True, remove_unused_columns=False, save_strategy="no", report_to=[],
+            disable_tqdm=True, logging_strategy="no", bf16=choose_precision("cpu") == "bf16", use_cpu=True,
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        rows = train.remove_columns("teacher_logits")
+        trainer = BothTrainer(model, arguments, both, rows, processing_class=tokenizer, loss=_loss)
+        trainer.teacher = teacher
+        trainer.train()
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path, exists=True))
+@click.option("--teacher", default="sentence-transformers/all-mpnet-base-v2", help="Checkpoint.")
+@click.option("--student", default="sentence-transformers/all-MiniLM-L6-v2", help="Checkpoint.")
+@click.option("--layers", default=2, show_default=True, help="Layers of the student.")
+@click.option("--texts", default=1500, show_default=True, help="Texts of an epoch.")
+@click.option("--batch-size", default=64, show_default=True, help="Where it is not the Trainer's own.")
+@click.option("--rounds", default=3, show_default=True, help="Epochs of each side.")
+def main(
+    data: Path, teacher: str, student: str, layers: int, texts: int, batch_size: int, rounds: int
+) -> None:
+    """Time an epoch of each side."""
+    loaded = load_data(str(data))
+    split, classes = loaded.splits["train"].select(range(texts)), loaded.labels
+    tokenizer = load_tokenizer(student, 256)
+    teacher_model, teacher_tokenizer = load_model(teacher, classes).eval(), load_tokenizer(teacher, 256)
+    theirs = teacher_tokenizer(texts_of(split), truncation=True)["input_ids"]
+    rng = np.random.default_rng(0)
+
+    def prepared(tokenizer: Any) -> Dataset:
+        logits = rng.normal(size=(texts, len(classes))).astype(np.float32)
+        return (
+            tokenize(split, tokenizer)
+            .add_column("teacher_logits", list(logits))
+            .add_column("teacher_input_ids", theirs)
+        )
+
+    def whole() -> tuple[Any, Any]:
+        model = load_model(student, classes)
+        return keep_layers(model, layers), tokenizer
+
+    def trimmed() -> tuple[Any, Any]:
+        model, _ = whole()
+        model = cut_positions(model, 256)
+        return model, trim_vocabulary(model, load_tokenizer(student, 256), texts_of(split), None)
+
+    epoch: dict[str, tuple[Callable[[], tuple[Any, Any]], Callable[..., None], tuple[Any, ...]]] = {
+        "Trainer, defaults": (whole, with_defaults, ()),
+        "distill": (whole, from_kept_labels, (batch_size,)),
+        "distill, vocabulary of the training text": (trimmed, from_kept_labels, (batch_size,)),
+        "teacher in every step": (
+            whole,
+            with_teacher_in_step,
+            (batch_size, teacher_model, teacher_tokenizer),
+        ),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in epoch}
+    tokens = 0
+    for _ in range(rounds):
+        for name, (build, train, arguments) in epoch.items():
+            model, own = build()
+            rows = prepared(own)
+            tokens = int(np.sum(rows["length"]))
+            started = time.monotonic()
+            train(model, own, rows, *arguments)
+            seconds[name].append(time.monotonic() - started)
+            click.echo(f"{name}: {seconds[name][-1]:.1f} s")
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    slow = median["teacher in every step"]
+    result = {
+        "cpu": cpu_name(),
+        "precision": choose_precision("cpu"),
+        "texts": texts,
+        "tokens": tokens,
+        "layers": layers,
+        "batch_size": batch_size,
+        "seconds": median,
+        "spread": {name: [min(values), max(values)] for name, values in seconds.items()},
+        "tokens_per_second": {name: round(tokens / value) for name, value in median.items()},
+        "over_trainer": {name: median["Trainer, defaults"] / value for name, value in median.items()},
+        "over_teacher_in_step": {name: slow / value for name, value in median.items()},
+    }
+    text = json.dumps(result, indent=2)
+    (RESULTS / "training.json").write_text(text + "\n", encoding="utf-8")
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main()

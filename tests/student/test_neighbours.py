@@ -1,0 +1,54 @@
+"""Words that are alike by a table of embeddings."""
+
+import pytest
+import torch
+from conftest import train_tokenizer
+from distill.student.neighbours import similar_words
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+WORDS = ["good", "great", "bad", "awful", "plot", "actor"]
+SPECIAL = ["[PAD]", "[UNK]"]
+
+
+@pytest.fixture(params=["wordpiece", "byte-level bpe", "unigram"])
+def tokenizer(request):
+    text = [" ".join(WORDS), " ".join(reversed(WORDS))] * 50
+    if request.param == "unigram":
+        pieces = [*((token, 0.0) for token in SPECIAL), *((f"\u2581{word}", -2.0) for word in WORDS)]
+        trained = Tokenizer(models.Unigram(pieces, unk_id=1))
+        trained.pre_tokenizer, trained.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        trained = train_tokenizer(request.param, text, SPECIAL)
+    trained.enable_padding(length=20)  # as the files of sentence encoders come
+    return PreTrainedTokenizerFast(tokenizer_object=trained, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def _model(tokenizer, groups):
+    """Words of a group have nearly the same embedding."""
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=16)  # fmt: skip
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config)
+    with torch.no_grad():
+        for group in groups:
+            meaning = torch.randn(16)
+            for word in group:
+                for blank in ("", " "):
+                    ids = tokenizer(blank + word, add_special_tokens=False)["input_ids"]
+                    if len(ids) == 1:
+                        model.get_input_embeddings().weight[ids[0]] = meaning + 0.01 * torch.randn(16)
+    return model
+
+
+def test_the_nearest_words_come_first_and_never_the_word_itself(tokenizer):
+    model = _model(tokenizer, [("good", "great"), ("bad", "awful")])
+    found = similar_words(["good", "awful", "good"], model, tokenizer)
+    assert set(found) == {"good", "awful"}
+    assert found["good"][0] == "great" and found["awful"][0] == "bad"
+    assert "good" not in found["good"]
+    assert similar_words(["good"], model, tokenizer, count=1) == {"good": ("great",)}
+
+
+def test_words_of_several_tokens_or_none_are_left_out(tokenizer):
+    assert similar_words(["goodactor", "", "!?"], _model(tokenizer, []), tokenizer) == {}
