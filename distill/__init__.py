@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from distill.explain.explanations import explain_texts
     from distill.explain.report import write_report
     from distill.export.bundle import export_student
+    from distill.export.candidate import open_candidate
     from distill.runtime import Classifier
     from distill.student.training import train_student
     from distill.teacher.training import train_teacher
@@ -22,6 +23,7 @@ __all__ = [
     "DistillError",
     "explain_texts",
     "export_student",
+    "open_candidate",
     "train_student",
     "train_teacher",
     "write_report",
@@ -32,6 +34,7 @@ _HOMES = {
     "DistillError": "distill.errors",
     "explain_texts": "distill.explain.explanations",
     "export_student": "distill.export.bundle",
+    "open_candidate": "distill.export.candidate",
     "train_student": "distill.student.training",
     "train_teacher": "distill.teacher.training",
     "write_report": "distill.explain.report",

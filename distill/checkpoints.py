@@ -27,6 +27,14 @@ def _last_complete(folder: Path) -> str | None:
     return None
 
 
+def recorded_recipe(options: TrainingOptions) -> dict[str, Any]:
+    """The recipe of the run that `options.resume` goes on with; empty where there is none."""
+    record = options.checkpoints / RECIPE
+    if not options.resume or not record.is_file() or not _last_complete(options.checkpoints):
+        return {}
+    return dict(json.loads(record.read_text(encoding="utf-8")))
+
+
 def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any], stage: str) -> str | None:
     """Decide, before any work, whether to resume; give the checkpoint to resume from.
 

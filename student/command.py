@@ -8,6 +8,22 @@ import click
 from distill.options import POSITIVE, RATE, SHARE, output_options, show_stage, training_options
 
 
+class Milliseconds(click.ParamType):
+    """A time such as 0.5ms, or 0.5."""
+
+    name = "milliseconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse it."""
+        try:
+            found = float(str(value).strip().lower().removesuffix("ms"))
+        except ValueError:
+            found = 0.0
+        if not 0 < found < float("inf"):
+            self.fail(f"{value!r} is not a time in milliseconds; give one as 0.5ms", param, ctx)
+        return found
+
+
 @click.command("train-student")
 @click.option(
     "--teacher",
@@ -19,6 +35,18 @@ from distill.options import POSITIVE, RATE, SHARE, output_options, show_stage, t
 @click.option("--student", help="Pre-trained checkpoint to start from [the teacher's own base checkpoint].")
 @click.option(
     "--layers", type=POSITIVE, help="Keep this many layers, evenly spaced [half, without --student]."
+)
+@click.option(
+    "--speedup",
+    type=RATE,
+    help="Keep as many layers as are this many times as fast as the teacher: INT8 against its pipeline in "
+    "PyTorch, one text at a time on one thread, measured here before training.",
+)
+@click.option(
+    "--latency-budget",
+    type=Milliseconds(),
+    metavar="0.5ms",
+    help="The same, by the median time of a validation text.",
 )
 @click.option(
     "--vocabulary",

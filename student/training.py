@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from distill.student.architecture import cut_positions, keep_layers
 from distill.student.corpus import augmented_text, budget_of, unlabeled_text, with_soft_labels
 from distill.student.losses import distillation_loss
 from distill.student.neighbours import similar_words
+from distill.student.shape import Goal, choose_layers
 from distill.student.soft_labels import teacher_logits
 from distill.student.vocabulary import trim_vocabulary
 from transformers import set_seed
 
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
 from distill.calibration import fit_temperature
-from distill.checkpoints import discard_checkpoints, prepare_checkpoints
+from distill.checkpoints import discard_checkpoints, prepare_checkpoints, recorded_recipe
 from distill.data import reload_data, texts_of
 from distill.errors import DistillError
 from distill.metrics import score
@@ -42,6 +44,8 @@ class StudentOptions(TrainingOptions):
     data: str | None = None
     student: str | None = None
     layers: int | None = None
+    speedup: float | None = None
+    latency_budget: float | None = None
     vocabulary: int | None = None
     unlabeled: str | None = None
     augment: str | None = None
@@ -55,6 +59,10 @@ def _check(options: StudentOptions) -> None:
         raise DistillError(f"--temperature {options.temperature}: must be above 0")
     if not 0 <= options.alpha <= 1:
         raise DistillError(f"--alpha {options.alpha}: must be between 0 and 1")
+    given = [name for name in ("layers", "speedup", "latency_budget") if getattr(options, name) is not None]
+    if len(given) > 1:
+        first, second = (f"--{name.replace('_', '-')}" for name in given[:2])
+        raise DistillError(f"{second}: chooses the number of layers, as {first} does; leave one of them out")
     for name in ("unlabeled", "augment"):
         if getattr(options, name) and options.alpha == 0:
             raise DistillError(
@@ -63,14 +71,20 @@ def _check(options: StudentOptions) -> None:
     choose_precision(choose_device(options.device), options.precision)
 
 
-def _build(options: StudentOptions, teacher: Manifest) -> tuple[Any, Any]:
-    """Load the student's checkpoint, with fewer layers if asked, and its tokenizer."""
+def _build(options: StudentOptions, teacher: Manifest, texts: Sequence[Any]) -> tuple[Any, Any]:
+    """Load the student's checkpoint, with fewer layers if asked, and its tokenizer; `texts` are to time."""
     checkpoint = options.student or str(teacher.options["model"])
     tokenizer = load_tokenizer(checkpoint, min(options.max_length, teacher.max_length), "--student")
     set_seed(options.seed)
     model = load_model(checkpoint, teacher.labels, "--student", options.dropout)
     layers = options.layers
-    if layers is None and options.student is None:
+    if options.speedup or options.latency_budget:
+        goal = Goal(options.speedup, options.latency_budget)
+        # A resumed run goes on with what was measured first.
+        layers = recorded_recipe(options).get("layers_kept") or choose_layers(
+            model, tokenizer, teacher.labels, texts, goal, options.teacher
+        )
+    elif layers is None and options.student is None:
         layers = max(1, model.config.num_hidden_layers // 2)
     if layers is not None:
         model = keep_layers(model, layers)
@@ -117,12 +131,13 @@ def train_student(options: StudentOptions) -> Manifest:
     recipe: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in ("resume", "overwrite")}
     corpus = concatenate_datasets([data.splits["train"].remove_columns("label"), *unlabeled])
     budget = budget_of(options.augment, len(data.splits["train"])) if options.augment else 0
-    model, tokenizer = _build(options, teacher)
+    model, tokenizer = _build(options, teacher, texts_of(data.splits["validation"]))
     parent = manifest_hash(options.teacher)
     resume_from = prepare_checkpoints(
         options,
         {
             **recipe,
+            "layers_kept": int(model.config.num_hidden_layers),
             "teacher_hash": parent,
             "data_fingerprint": data.fingerprint,
             "corpus_fingerprint": hashlib.sha256("".join(corpus["id"]).encode()).hexdigest(),

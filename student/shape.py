@@ -1,0 +1,129 @@
+"""How many layers a student may have, by the speed that is asked for, measured on this machine."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from distill.student.architecture import keep_layers
+from transformers import pipeline
+
+import distill
+from distill.artifact import read_manifest
+from distill.errors import DistillError
+from distill.latency import cpu_name, measure
+from distill.models import load_model, load_tokenizer
+
+logger = logging.getLogger(__name__)
+TEXTS = 30
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What an INT8 student has to reach on one thread, one text at a time.
+
+    Attributes:
+        speedup: times as fast as the teacher in transformers' pipeline.
+        milliseconds: a text, at most; the median of validation texts.
+    """
+
+    speedup: float | None = None
+    milliseconds: float | None = None
+
+    def __str__(self) -> str:
+        return f"--speedup {self.speedup:g}" if self.speedup else f"--latency-budget {self.milliseconds:g}ms"
+
+    def is_met(self, teacher: float | None, student: float) -> bool:
+        """Say whether a student that takes `student` milliseconds does."""
+        if self.speedup:
+            return teacher is not None and teacher / student >= self.speedup
+        return self.milliseconds is not None and student <= self.milliseconds
+
+
+def choose_layers(
+    model: Any, tokenizer: Any, labels: list[str], texts: Sequence[Any], goal: Goal, teacher: Path
+) -> int:
+    """Find the most layers with which a student, not trained yet but exported to INT8, meets a goal.
+
+    Args:
+        model: a sequence classifier with all its layers.
+        tokenizer: its tokenizer.
+        labels: label names.
+        texts: to time, of validation; some of them are taken.
+        goal: to meet.
+        teacher: folder of `distill train-teacher`, timed in the same turns.
+
+    Raises:
+        DistillError: if one layer is not fast enough; it says how fast that is.
+    """
+    sample = texts[:: max(1, len(texts) // TEXTS)][:TEXTS]
+    with _one_thread():
+        slow = {"teacher": _pipeline(teacher, labels)} if goal.speedup else {}
+
+        def time_of(layers: int) -> tuple[float | None, float]:
+            with TemporaryDirectory() as folder:
+                candidate = distill.open_candidate(
+                    keep_layers(model, layers), tokenizer, labels, Path(folder)
+                )
+                found = measure({**slow, "student": candidate}, sample)
+            logger.info("  %d of %d layers: %s", layers, model.config.num_hidden_layers, _tell(found))
+            return found.get("teacher"), found["student"]
+
+        logger.info("Shape for %s, in INT8 on one thread of %s", goal, cpu_name())
+        return _most(model.config.num_hidden_layers, time_of, goal)
+
+
+def _most(total: int, time_of: Callable[[int], tuple[float | None, float]], goal: Goal) -> int:
+    """Bisect: fewer layers are faster."""
+    low, high = 0, total
+    while low < high:
+        layers = (low + high + 1) // 2
+        found = time_of(layers)
+        if goal.is_met(*found):
+            low = layers
+        else:
+            high = layers - 1
+    if low == 0:
+        reached = f"{found[0] / found[1]:.0f} times" if found[0] else f"{found[1]:.2f} ms"
+        raise DistillError(
+            f"{goal}: with one layer this student reaches {reached} on this machine; ask for no more than "
+            "that, or start from a narrower checkpoint with --student"
+        )
+    return low
+
+
+def _tell(found: dict[str, float]) -> str:
+    student = f"{found['student']:.2f} ms"
+    if "teacher" not in found:
+        return student
+    return f"{student}, {found['teacher'] / found['student']:.0f} times as fast as the teacher"
+
+
+def _pipeline(teacher: Path, labels: list[str]) -> Callable[[Any], object]:
+    limit = read_manifest(teacher, "train-teacher", "--teacher").max_length
+    classify = pipeline(
+        "text-classification",
+        model=load_model(str(teacher), labels, "--teacher").eval(),
+        tokenizer=load_tokenizer(str(teacher), limit, "--teacher"),
+        device="cpu",
+        truncation=True,
+    )
+
+    def one(text: Any) -> object:
+        return classify({"text": text[0], "text_pair": text[1]} if isinstance(text, tuple) else text)
+
+    return one
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
