@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.data import Data
+from distill.latency import cpu_has_vnni
 from distill.metrics import score
 
 Classify = Callable[[Sequence[str]], NDArray[np.int64]]
@@ -80,7 +81,8 @@ def teacher_int8(data: Data, teacher: Path, folder: Path) -> tuple[Classify, int
 
     if not folder.is_dir():
         plain = ORTModelForSequenceClassification.from_pretrained(teacher, export=True)
-        setting = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True)
+        suited = AutoQuantizationConfig.avx512_vnni if cpu_has_vnni() else AutoQuantizationConfig.avx2
+        setting = suited(is_static=False, per_channel=True)
         ORTQuantizer.from_pretrained(plain).quantize(save_dir=folder, quantization_config=setting)
         AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
     options = SessionOptions()
