@@ -1,7 +1,8 @@
 """What each part of the recipe for students is worth: with and without it, over seeds.
 
-One teacher; students of two layers, all with the same number of steps, scored on the validation split, which
-is where the recipe was chosen. A student that is there already is not trained again. Prints a table and keeps
+Losses that were tried and are not in the package stand here, so that their rows can be repeated. One teacher;
+students of two layers, all with the same number of steps, scored on the validation split, which is where the
+recipe was chosen. A student that is there already is not trained again. Prints a table and keeps
 benchmarks/results/ablations/SET.json.
 
 Usage: python benchmarks/ablations.py DATA --teacher all-mpnet-base-v2 --student all-MiniLM-L6-v2
@@ -21,9 +22,13 @@ from unittest import mock
 
 import click
 import numpy as np
+import torch
 from distill.student import augmentation, training
+from distill.student.losses import UNLABELED
 from distill.student.training import StudentOptions
 from distill.teacher.training import TeacherOptions
+from torch import Tensor
+from torch.nn import functional as F
 
 from distill import train_student, train_teacher
 from distill.artifact import read_manifest
@@ -33,6 +38,44 @@ RESULTS = Path(__file__).resolve().parent / "results" / "ablations"
 SETS = ("banking77", "sst2_sentences")
 SEEDS = (1, 2, 3)
 BUDGET, EPOCHS = 2, 5  # texts made for each training text; passes over them all
+
+
+def logit_mse(student: Tensor, teacher: Tensor, labels: Tensor, _: float, alpha: float) -> Tensor:
+    """Squared difference of centred logits in place of KL: Kim et al. (2021), arXiv 2105.08919."""
+    centred = [logits - logits.mean(dim=-1, keepdim=True) for logits in (student, teacher)]
+    return alpha * F.mse_loss(*centred) + (1 - alpha) * _hard(student, labels)
+
+
+def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, _: float, alpha: float) -> Tensor:
+    """KL of the teacher's first class, and twice that of the others: Zhao et al. (2022), arXiv 2203.08679.
+
+    The teacher's first class stands for the target class, which unlabelled text does not have.
+    """
+    first = teacher.argmax(dim=-1, keepdim=True)
+    kept = [torch.softmax(logits, dim=-1).gather(-1, first) for logits in (student, teacher)]
+    yes, true = (torch.cat([share, 1 - share], dim=-1).clamp_min(1e-7) for share in kept)
+    binary = F.kl_div(yes.log(), true, reduction="batchmean")
+    others = [logits.scatter(-1, first, -1e4) for logits in (student, teacher)]
+    rest = F.kl_div(*(F.log_softmax(one, dim=-1) for one in others), reduction="batchmean", log_target=True)
+    return alpha * (binary + 2 * rest) + (1 - alpha) * _hard(student, labels)
+
+
+def standardised(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float
+) -> Tensor:
+    """KL of logits of mean 0 and deviation 1, at T = 2: Sun et al. (2024), arXiv 2403.01427."""
+    even = [(one - one.mean(-1, keepdim=True)) / one.std(-1, keepdim=True).clamp_min(1e-6) / 2
+            for one in (student, teacher)]  # fmt: skip
+    soft = F.kl_div(*(F.log_softmax(one, dim=-1) for one in even), reduction="batchmean", log_target=True)
+    return alpha * 2**2 * soft + (1 - alpha) * _hard(student, labels)
+
+
+def _hard(student: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(student, labels, ignore_index=UNLABELED, reduction="sum") / len(labels)
+
+
+def _loss(function: Callable[..., Tensor]) -> Callable[[], AbstractContextManager[Any]]:
+    return partial(mock.patch.object, training, "distillation_loss", function)
 
 
 def _without(kind: Callable[..., Any]) -> Callable[[], AbstractContextManager[Any]]:
@@ -51,13 +94,16 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
         partial(mock.patch.object, training, "_teacher_temperature", lambda folder: 1.0),
     ),
     "T = 2": ({"temperature": 2.0}, nullcontext),
+    "squared difference of logits": ({}, _loss(logit_mse)),
+    "decoupled KL": ({}, _loss(decoupled)),
+    "KL of standardised logits": ({}, _loss(standardised)),
     "no hard labels": ({"alpha": 1.0}, nullcontext),
     "dropout as pre-trained": ({"dropout": None}, nullcontext),
     "the whole vocabulary": ({"vocabulary": None}, nullcontext),
 }
 
 
-def run(data: Path, teacher: str, student: str) -> dict[str, Any]:
+def run(data: Path, teacher: str, student: str, only: tuple[str, ...] = ()) -> dict[str, Any]:
     """Train whatever is not there yet; validation macro-F1 of every variant and seed."""
     if not Path("runs/teacher").is_dir():
         train_teacher(TeacherOptions(output=Path("runs/teacher"), data=str(data), model=teacher, resume=True))
@@ -67,6 +113,8 @@ def run(data: Path, teacher: str, student: str) -> dict[str, Any]:
     )  # fmt: skip
     scores: dict[str, list[float]] = {}
     for name, (options, patch) in VARIANTS.items():
+        if only and name not in ("recipe", *only):
+            continue
         for seed in SEEDS:
             output = Path("ablations", f"{name.replace(' ', '_')}_{seed}")
             if not output.is_dir():
@@ -102,8 +150,11 @@ def table(scores: dict[str, list[float]]) -> dict[str, Any]:
 @click.option("--teacher", default="sentence-transformers/all-mpnet-base-v2", help="Checkpoint.")
 @click.option("--student", default="sentence-transformers/all-MiniLM-L6-v2", help="Checkpoint.")
 @click.option("--set", "names", multiple=True, default=SETS, help="Sets to run.")
+@click.option("--only", multiple=True, help="Variants to run, besides the recipe itself; all when left out.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("pareto"), help="Folder for the runs.")
-def main(data: Path, teacher: str, student: str, names: tuple[str, ...], work: Path) -> None:
+def main(
+    data: Path, teacher: str, student: str, names: tuple[str, ...], only: tuple[str, ...], work: Path
+) -> None:
     """Run the ablations, set by set."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     teacher, student = (str(Path(one).resolve()) if Path(one).is_dir() else one for one in (teacher, student))
@@ -112,7 +163,7 @@ def main(data: Path, teacher: str, student: str, names: tuple[str, ...], work: P
         folder = work / name
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
-        rows = table(run(data / name, teacher, student))
+        rows = table(run(data / name, teacher, student, only))
         result = {"cpu": cpu_name(), "seeds": SEEDS, "augment": f"{BUDGET}x", "epochs": EPOCHS, "rows": rows}
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
