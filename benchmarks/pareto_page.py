@@ -31,8 +31,9 @@ def _merged(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     merged = {}
     for label, rows in groups.items():
         merged[label] = {key: value for row in reversed(rows) for key, value in row.items()}
-        for key in ("macro_f1", "kept"):
-            merged[label][key] = sum(row[key] for row in rows) / len(rows)
+        for key in ("macro_f1", "macro_f1_pytorch", "kept"):
+            if key in rows[0]:
+                merged[label][key] = sum(row[key] for row in rows) / len(rows)
         merged[label]["seeds"] = len(rows)
     return merged
 
@@ -46,14 +47,15 @@ def table(name: str, result: dict[str, Any]) -> str:
         f"{result['classes']} classes; {result['rows']['train']:,} texts for training, "
         f"{result['rows']['test']:,} for the test; {result['cpu']}.",
         "",
-        "| version | macro-F1 | kept | ms | times as fast | MB |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| version | macro-F1 | before INT8 | kept | ms | times as fast | MB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for label, row in _merged(result["results"]).items():
         latency = f"{row['latency_ms']:.2f} | {row['speed_up']:.0f}" if "latency_ms" in row else "|"
         seeds = f" ({row['seeds']} seeds)" if row["seeds"] > 1 else ""
+        before = f"{row['macro_f1_pytorch']:.4f}" if "macro_f1_pytorch" in row else ""
         lines.append(
-            f"| {label}{seeds} | {row['macro_f1']:.4f} | "
+            f"| {label}{seeds} | {row['macro_f1']:.4f} | {before} | "
             f"{row['kept']:.1%} | {latency} | {row['bytes'] / 1e6:.1f} |"
         )
     lines += [

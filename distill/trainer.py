@@ -73,15 +73,26 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-def tokenize(dataset: Dataset, tokenizer: Any) -> Dataset:
-    """Add token ids (truncated, not padded) and `length` in tokens; the text columns go."""
+def tokenize(dataset: Dataset, tokenizer: Any, file: Path | None = None) -> Dataset:
+    """Add token ids (truncated, not padded) and `length` in tokens; the text columns go.
+
+    Args:
+        dataset: with `text` and perhaps `text_pair`; other columns, such as `teacher_logits`, stay.
+        tokenizer: a fast one.
+        file: where to keep the rows, memory-mapped from then on; one that is there is taken as it is.
+    """
     pairs = "text_pair" in dataset.column_names
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(batch["text"], batch["text_pair"] if pairs else None, truncation=True)
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
-    return dataset.map(encode, batched=True, remove_columns=["id", "text", *(["text_pair"] if pairs else [])])
+    return dataset.map(
+        encode,
+        batched=True,
+        remove_columns=["id", "text", *(["text_pair"] if pairs else [])],
+        cache_file_name=str(file) if file else None,
+    )
 
 
 class Collator:

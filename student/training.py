@@ -159,7 +159,8 @@ def train_student(options: StudentOptions) -> Manifest:
     logits = teacher_logits(options.teacher, teacher, corpus, options.device, options.precision)
     temperature = _teacher_temperature(options.teacher)
     logits /= temperature
-    train = tokenize(with_soft_labels(data.splits["train"], unlabeled, logits), tokenizer)
+    rows = with_soft_labels(data.splits["train"], unlabeled, logits)
+    train = tokenize(rows, tokenizer, options.checkpoints / "train.arrow")
     validation = tokenize(data.splits["validation"], tokenizer)
 
     def loss(student_logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,9 +1,10 @@
 import pytest
 import torch
 import transformers
-from conftest import make_configs
+from conftest import make_configs, make_tokenizer
+from datasets import Dataset
 
-from distill.trainer import LossTrainer, is_head
+from distill.trainer import LossTrainer, is_head, tokenize
 
 FAMILIES = make_configs(layers=2)
 
@@ -37,3 +38,14 @@ def test_every_parameter_is_trained_once_and_the_head_at_its_own_rate(family, tm
             assert rates[id(parameter)] == (1e-3 if is_head(name, model.base_model_prefix) else 1e-4)
             assert decays[id(parameter)] == (0.1 if name in decayed else 0.0)
     assert isinstance(trainer.optimizer, torch.optim.AdamW)
+
+
+def test_rows_in_a_file_are_memory_mapped_and_tokenized_once(tmp_path):
+    rows = Dataset.from_dict({"id": ["a", "b"], "text": ["good film", "bad plot of old"], "label": [0, 1]})
+    rows = rows.add_column("teacher_logits", [[0.5, 1.5], [2.5, 3.5]])
+    file = tmp_path / "train.arrow"
+    first = tokenize(rows, make_tokenizer(), file)
+    assert [entry["filename"] for entry in first.cache_files] == [str(file)]
+    again = tokenize(rows, None, file)
+    assert again[:] == first[:] == tokenize(rows, make_tokenizer())[:]
+    assert first["teacher_logits"][:] == [[0.5, 1.5], [2.5, 3.5]]
