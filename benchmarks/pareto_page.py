@@ -16,17 +16,15 @@ def _label(name: str) -> str:
     layers, _, rest = name.partition("_layers")
     if not rest:
         return name
-    return (
-        f"student, {layers} layers, INT8"
-        if "alone" not in rest
-        else f"the same without a teacher, {layers} layers"
-    )
+    depth = "1 layer" if layers == "1" else f"{layers} layers"
+    return f"{depth} without a teacher, INT8" if "alone" in rest else f"student of {depth}, INT8"
 
 
 def _merged(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Rows of the table: the mean over seeds, with the figures that only one seed was measured for."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for name, row in results.items():
+    depths = {name: int(name[0]) if "_layers" in name else 0 for name in results}
+    for name, row in sorted(results.items(), key=lambda one: depths[one[0]]):
         groups.setdefault(_label(name), []).append(row)
     merged = {}
     for label, rows in groups.items():
@@ -77,8 +75,9 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
                 axis.scatter(row["latency_ms"], row["macro_f1"], label=label, **style)
         axis.set(xscale="log", xlabel="milliseconds a text, one thread", ylabel="test macro-F1", title=name)
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path)
 
 
