@@ -14,6 +14,7 @@ stand beside them; none is part of this repository.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ SETS = ("banking77", "clinc150", "snips", "ag_news_small", "goemotions_sentiment
 SEEDS = (1, 2, 3)
 FAST = ("--learning-rate", "3e-4", "--batch-size", "64")
 RECIPE = ("--augment", "10x", "--vocabulary", "0", "--epochs", "3", *FAST)
-ALONE = ("--alpha", "0", "--vocabulary", "0", "--epochs", "10", *FAST)
+ALONE = ("--alpha", "0", "--epochs", "30", *FAST)  # as many steps, unless validation stops it
 LAYERS = (1, 3, 6)  # besides 2, which has all seeds
 TIMED = 60
 INT8 = "onnx/model_quantized.onnx"
@@ -69,6 +70,11 @@ def train(data: Path, teacher: str, student: str) -> None:
     if not Path("runs/teacher").is_dir():
         _run("train-teacher", "--data", data, "--model", teacher, "--resume")
     for name, options in _students().items():
+        recipe = Path("runs", f"{name}.txt")
+        if recipe.is_file() and recipe.read_text() != " ".join(options):  # another than today's
+            for stale in Path("runs").glob(f"{name}*/"):
+                shutil.rmtree(stale)
+        recipe.write_text(" ".join(options))
         if not Path("runs", name).is_dir():
             _run("train-student", "--student", student, "--output", f"runs/{name}", "--resume", *options)
         if not Path("runs", f"{name}_int8").is_dir():
@@ -106,6 +112,7 @@ def evaluate(student: str) -> dict[str, Any]:
             "text-classification",
             model=load_model("runs/teacher", data.labels).eval(),
             tokenizer=load_tokenizer("runs/teacher", manifest.max_length),
+            device="cpu",
             truncation=True,
         )
     }
@@ -128,8 +135,10 @@ def evaluate(student: str) -> dict[str, Any]:
         rows[name] = their_rows[name]
         classify[name] = lambda text, run=run: run([text])
     sample = texts[:: max(1, len(texts) // TIMED)][:TIMED]
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     latency = measure(classify, sample, rounds=3)
+    torch.set_num_threads(threads)
     for name, row in rows.items():
         row["macro_f1"] = score(truth, predicted[name], classes).macro_f1
         row["kept"] = row["macro_f1"] / score(truth, predicted["teacher"], classes).macro_f1
@@ -141,10 +150,13 @@ def evaluate(student: str) -> dict[str, Any]:
     samples = paired_bootstrap(truth, [predicted[name] for name in with_teacher + alone], classes).macro_f1
     scores = [rows[name]["macro_f1"] for name in with_teacher + alone]
     half = len(SEEDS)
-    gain = interval(
-        float(np.mean(scores[:half]) - np.mean(scores[half:])),
-        samples[:, :half].mean(axis=1) - samples[:, half:].mean(axis=1),
-    )
+    # Each resample draws texts, and seeds too: both are what another run would have other ones of.
+    drawn = np.random.default_rng(0).integers(half, size=(2, len(samples), half))
+    sides = [
+        np.take_along_axis(part, pick, axis=1).mean(axis=1)
+        for part, pick in zip((samples[:, :half], samples[:, half:]), drawn, strict=True)
+    ]
+    gain = interval(float(np.mean(scores[:half]) - np.mean(scores[half:])), sides[0] - sides[1])
     return {
         "cpu": cpu_name(),
         "versions": manifest.versions,

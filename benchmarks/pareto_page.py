@@ -86,8 +86,12 @@ def main() -> None:
     results = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))
     }
+    if not results:
+        raise SystemExit(f"{RESULTS}: no results yet; run pareto.py first")
     page = ["# Quality against latency and size", "", "Written by `python benchmarks/pareto_page.py`.", ""]
-    page += [f"Recipe of the students: `distill train-student {next(iter(results.values()))['recipe']}`.", ""]
+    first = next(iter(results.values()))
+    page += [f"Recipe of the students: `distill train-student {first['recipe']}`; without a teacher:"]
+    page += [f"`distill train-student {first['recipe_alone']}`. Intervals are over test texts and seeds.", ""]
     page += [table(name, result) for name, result in results.items()]
     page += ["![macro-F1 against latency](pareto.svg)", ""]
     (RESULTS / "README.md").write_text("\n".join(page), encoding="utf-8")

@@ -89,7 +89,9 @@ def teacher_int8(data: Data, teacher: Path, folder: Path) -> tuple[Classify, int
     options.intra_op_num_threads = 1
     model = ORTModelForSequenceClassification.from_pretrained(folder, session_options=options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, truncation=True)
+    classify = pipeline(
+        "text-classification", model=model, tokenizer=tokenizer, device="cpu", truncation=True
+    )
     index = {name: number for number, name in enumerate(data.labels)}
     size = sum(path.stat().st_size for path in folder.glob("*.onnx"))
     return lambda given: np.asarray([index[answer["label"]] for answer in classify(list(given))]), size

@@ -14,8 +14,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import numpy as np
@@ -26,7 +28,9 @@ from distill.student.losses import distillation_loss
 from distill.student.vocabulary import trim_vocabulary
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
+from distill import trainer
 from distill.data import load_data, texts_of
+from distill.first_token import first_token_only
 from distill.latency import cpu_name
 from distill.models import choose_precision, load_model, load_tokenizer
 from distill.trainer import BEYOND_THE_MODEL, Collator, LossTrainer, TrainingOptions, fit, tokenize
@@ -48,6 +52,16 @@ def with_defaults(model: Any, tokenizer: Any, train: Dataset) -> None:
         rows = train.select_columns([name for name in names if name in train.column_names])
         collator = DataCollatorWithPadding(tokenizer)
         Trainer(model, arguments, collator, rows).train()
+
+
+def with_all_tokens(model: Any, tokenizer: Any, train: Dataset, batch_size: int) -> None:
+    """As `distill train-student` would, if the last layer computed all tokens."""
+
+    def nothing(model: Any) -> AbstractContextManager[bool]:
+        return nullcontext(False)
+
+    with mock.patch.object(trainer, "first_token_only", nothing):
+        from_kept_labels(model, tokenizer, train, batch_size)
 
 
 def from_kept_labels(model: Any, tokenizer: Any, train: Dataset, batch_size: int) -> None:
@@ -75,7 +89,10 @@ class BothTrainer(LossTrainer):
 def with_teacher_in_step(
     model: Any, tokenizer: Any, train: Dataset, batch_size: int, teacher: Any, teacher_tokenizer: Any
 ) -> None:
-    """The same, but that nothing is kept: the teacher labels every batch again, in the same precision."""
+    """The same, but that the teacher labels every batch again, in the same precision.
+
+    Without the evaluation and the saving at an epoch's end, which the others have.
+    """
     collate = Collator(tokenizer)
 
     def both(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -91,9 +108,10 @@ def with_teacher_in_step(
             dataloader_pin_memory=False,
         )  # fmt: skip
         rows = train.remove_columns("teacher_logits")
-        trainer = BothTrainer(model, arguments, both, rows, processing_class=tokenizer, loss=_loss)
-        trainer.teacher = teacher
-        trainer.train()
+        both_trainer = BothTrainer(model, arguments, both, rows, processing_class=tokenizer, loss=_loss)
+        both_trainer.teacher = teacher
+        with first_token_only(model):
+            both_trainer.train()
 
 
 @click.command()
@@ -101,7 +119,7 @@ def with_teacher_in_step(
 @click.option("--teacher", default="sentence-transformers/all-mpnet-base-v2", help="Checkpoint.")
 @click.option("--student", default="sentence-transformers/all-MiniLM-L6-v2", help="Checkpoint.")
 @click.option("--layers", default=2, show_default=True, help="Layers of the student.")
-@click.option("--texts", default=1500, show_default=True, help="Texts of an epoch.")
+@click.option("--texts", default=4000, show_default=True, help="Texts of an epoch.")
 @click.option("--batch-size", default=64, show_default=True, help="Where it is not the Trainer's own.")
 @click.option("--rounds", default=3, show_default=True, help="Epochs of each side.")
 def main(
@@ -135,6 +153,7 @@ def main(
     epoch: dict[str, tuple[Callable[[], tuple[Any, Any]], Callable[..., None], tuple[Any, ...]]] = {
         "Trainer, defaults": (whole, with_defaults, ()),
         "distill": (whole, from_kept_labels, (batch_size,)),
+        "distill, all tokens in the last layer": (whole, with_all_tokens, (batch_size,)),
         "distill, vocabulary of the training text": (trimmed, from_kept_labels, (batch_size,)),
         "teacher in every step": (
             whole,

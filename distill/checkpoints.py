@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
@@ -35,6 +36,35 @@ def recorded_recipe(options: TrainingOptions) -> dict[str, Any]:
     return dict(json.loads(record.read_text(encoding="utf-8")))
 
 
+def refuse_unfinished(options: TrainingOptions, stage: str) -> str | None:
+    """Refuse to train where something would be lost; give the newest complete checkpoint, if there is one.
+
+    Raises:
+        DistillError: if the output exists, or checkpoints do that are neither to be resumed nor overwritten.
+    """
+    if options.max_steps == 0:
+        raise DistillError("--max-steps 0: trains nothing; give at least 1, or -1 for no limit")
+    check_output(options.output, options.overwrite, stage)
+    folder, record = options.checkpoints, options.checkpoints / RECIPE
+    if folder.exists() and not record.is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise DistillError(
+            f"{folder}: checkpoints would go here, and distill did not write it; choose another --output"
+        )
+    last = _last_complete(folder) if folder.is_dir() else None
+    if last and not options.resume and not options.overwrite:
+        raise DistillError(
+            f"{folder}: checkpoints of an interrupted run; --resume goes on, --overwrite starts again"
+        )
+    return last
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder in one step, so that no half of it is left when that is interrupted."""
+    if folder.exists():
+        with TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as trash:
+            folder.rename(Path(trash) / folder.name)
+
+
 def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any], stage: str) -> str | None:
     """Decide, before any work, whether to resume; give the checkpoint to resume from.
 
@@ -46,16 +76,9 @@ def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any], stage:
     Raises:
         DistillError: if the output exists, if an interrupted run would be lost, or if the recipe changed.
     """
-    if options.max_steps == 0:
-        raise DistillError("--max-steps 0: trains nothing; give at least 1, or -1 for no limit")
-    check_output(options.output, options.overwrite, stage)
+    last = refuse_unfinished(options, stage)
     folder, record = options.checkpoints, options.checkpoints / RECIPE
     recipe = json.loads(json.dumps(recipe, default=str))
-    if folder.exists() and not record.is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise DistillError(
-            f"{folder}: checkpoints would go here, and distill did not write it; choose another --output"
-        )
-    last = _last_complete(folder) if folder.is_dir() else None
     if last and options.resume:
         before = json.loads(record.read_text(encoding="utf-8"))
         changed = sorted(key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key))
@@ -67,13 +90,9 @@ def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any], stage:
             )
         logger.info("Resuming from %s", last)
         return last
-    if last and not options.overwrite:
-        raise DistillError(
-            f"{folder}: checkpoints of an interrupted run; --resume goes on, --overwrite starts again"
-        )
     if options.resume:
         logger.info("No checkpoint in %s yet: starting from the beginning", folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
     folder.mkdir(parents=True)
     record.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
     return None
@@ -81,6 +100,6 @@ def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any], stage:
 
 def discard_checkpoints(options: TrainingOptions) -> None:
     """Remove the checkpoints of a run that has been published."""
-    shutil.rmtree(options.checkpoints, ignore_errors=True)
+    _remove(options.checkpoints)
     if options.checkpoints.parent.is_dir() and not any(options.checkpoints.parent.iterdir()):
         options.checkpoints.parent.rmdir()

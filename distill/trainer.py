@@ -156,7 +156,9 @@ HEAD_RATE = 10
 
 
 def is_head(name: str, prefix: str) -> bool:
-    """Say whether a parameter belongs to the head: to nothing that the encoder's own pre-training trained.
+    """Say whether a parameter belongs to the head: to the classifier, or to the pooler below it.
+
+    A classifier is drawn at random; a pooler too, or it was trained for another task.
 
     Args:
         name: of the parameter in the classifier.
@@ -194,10 +196,16 @@ class LossTrainer(Trainer):
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(lengths, batch_size, self.args.seed)
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """As for training; an order is of no matter to a score."""
+        return LengthGroupedSampler(
+            np.asarray(eval_dataset["length"]).tolist(), self.args.eval_batch_size, self.args.seed
+        )
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer does, but with a learning rate of its own for the head.
 
-        A head is drawn at random and has further to go than pre-trained weights, which the other rate suits.
+        A new head has further to go than pre-trained weights, which the other rate suits.
         """
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))

@@ -16,7 +16,7 @@ from distill.words import segments
 Text = str | tuple[str, str]
 Words = list[str]
 DROP, SUBSTITUTE, REPLACE = 0.2, 0.3, 0.4  # share of the words
-LARGEST_CORPUS = 50_000  # texts whose n-grams are kept
+LARGEST_CORPUS = 1_000_000  # words whose n-grams are kept
 RARE = 0.001  # share of a word in the corpus up to which it is replaced as often as any
 GRAMMAR = 0.01  # share from which a word holds sentences together and replaces no other
 ATTEMPTS = 3  # a text wanted, before the corpus is held to be exhausted
@@ -51,7 +51,8 @@ class Corpus:
                 self.after[left].append(word)
                 self.before[right].append(word)
         counts = Counter(_bare(word) for words in self.texts for word in words)
-        self.share = {word: count / counts.total() for word, count in counts.items()}
+        total = counts.total()
+        self.share = {word: count / total for word, count in counts.items()}
 
 
 def _bare(word: str) -> str:
@@ -135,10 +136,9 @@ def augment(
     """
     generator = random.Random(seed)
     pairs = list(map(parts_of, texts))
-    sample = generator.sample(pairs, min(len(pairs), LARGEST_CORPUS))
     corpora = [
-        Corpus([words for words in map(segments, parts) if words], similar or {})
-        for parts in zip(*sample, strict=True)
+        Corpus([words for words in texts_of_part if words], similar or {})
+        for texts_of_part in zip(*_sample(pairs, generator), strict=True)
     ]
     made = held_out | {text_id(*parts) for parts in pairs}
     count = 0
@@ -147,17 +147,28 @@ def augment(
             generator.shuffle(pairs)
         augmentation = AUGMENTATIONS[attempt % len(AUGMENTATIONS)]
         originals = [segments(part) for part in pairs[attempt % len(pairs)]]
-        if not all(originals):
-            continue
         parts = [
-            "".join(augmentation(words, corpus, generator)).strip()
+            "".join(augmentation(words, corpus, generator)).strip() if words else ""
             for words, corpus in zip(originals, corpora, strict=True)
         ]
         identity = text_id(*parts)
-        if identity in made or not all(parts):
+        # A part of a pair may be empty, but not become so.
+        if identity in made or list(map(bool, parts)) != list(map(bool, originals)):
             continue
         made.add(identity)
         yield (parts[0], parts[1]) if len(parts) == 2 else parts[0]
         count += 1
         if count == budget:
             return
+
+
+def _sample(pairs: list[tuple[str, ...]], generator: random.Random) -> list[list[Words]]:
+    """Texts as words, drawn without replacement until there are `LARGEST_CORPUS` words of them."""
+    sample: list[list[Words]] = []
+    count = 0
+    for pair in generator.sample(pairs, len(pairs)):
+        sample.append([segments(part) for part in pair])
+        count += sum(map(len, sample[-1]))
+        if count >= LARGEST_CORPUS:
+            break
+    return sample

@@ -51,14 +51,14 @@ class Milliseconds(click.ParamType):
 @click.option(
     "--vocabulary",
     type=click.IntRange(min=0),
-    help="Keep this many of the training text's most frequent tokens, 0 for all of them, and what spells "
-    "the rest [the checkpoint's].",
+    help="Keep this many of the most frequent tokens of what the student learns on, 0 for all of them, and "
+    "what spells the rest [the checkpoint's].",
 )
 @click.option("--unlabeled", help="File with more texts, which only the teacher labels.")
 @click.option(
     "--augment",
     metavar="10x",
-    help="Make ten texts out of every training text, or a number of them, which only the teacher labels.",
+    help="Make ten texts for every training text, or a number of them, which only the teacher labels.",
 )
 @click.option("--temperature", type=RATE, default=1.0, help="Softens teacher and student alike.")
 @click.option("--alpha", type=SHARE, default=0.9, help="Share of the soft labels in the loss.")

@@ -63,12 +63,17 @@ def augmented_text(
     texts = tuple(texts_of(corpus))
     arguments = {"texts": texts, "budget": budget, "seed": seed, "held_out": held_out, "similar": similar}
     names = [name for name in corpus.column_names if name in ("id", "text", "text_pair")]
-    dataset = Dataset.from_generator(
-        _rows,
-        features=Features({name: Value("string") for name in names}),
-        gen_kwargs=arguments,
-        cache_dir=str(folder),
-    )
+    try:
+        dataset = Dataset.from_generator(
+            _rows,
+            features=Features({name: Value("string") for name in names}),
+            gen_kwargs=arguments,
+            cache_dir=str(folder),
+        )
+    except ValueError as error:  # that is how datasets takes a generator without rows
+        raise DistillError(
+            f"--augment: nothing new can be made of these {len(texts)} texts; leave it out, or give more text"
+        ) from error
     if len(dataset) < budget:
         logger.warning(
             "  augmented: %d texts, not %d: the corpus is too small for more", len(dataset), budget

@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 from typing import Any
 
+import regex
 import torch
 
 NEIGHBOURS = 15
-BLOCK = 1024  # words compared with all others at once
+LETTERS = regex.compile(r"[\p{L}\p{M}]+")
+BLOCK = 256  # words compared with all others at once
 
 
 def similar_words(
@@ -28,7 +30,7 @@ def similar_words(
         Word -> its neighbours; a word of several tokens is left out.
     """
     spelling = {index: tokenizer.decode([index]).strip() for index in range(len(tokenizer))}
-    pieces = _tokens(tokenizer, [text for text in spelling.values() if text.isalpha()])
+    pieces = _tokens(tokenizer, [text for text in spelling.values() if LETTERS.fullmatch(text)])
     whole = sorted({index for text, index in pieces.items() if spelling[index] == text})
     place = {index: row for row, index in enumerate(whole)}
     found = {word: place[index] for word, index in _tokens(tokenizer, words).items() if index in place}
@@ -50,10 +52,9 @@ def similar_words(
 
 
 def _tokens(tokenizer: Any, words: Iterable[str]) -> dict[str, int]:
-    """Words that are one token, and which; as after a blank, or at the start of a text."""
+    """Words that are one token after a blank, and which; SentencePiece's blank before an ideograph aside."""
     distinct = sorted(set(words))
-    found: dict[str, int] = {}
-    for blank in ("", " "):
-        encoded = tokenizer([blank + word for word in distinct], add_special_tokens=False)["input_ids"]
-        found.update((word, ids[0]) for word, ids in zip(distinct, encoded, strict=True) if len(ids) == 1)
-    return found
+    blank = tokenizer.get_vocab().get("\u2581")
+    encoded = tokenizer([f" {word}" for word in distinct], add_special_tokens=False)["input_ids"]
+    bare = [ids[1:] if len(ids) == 2 and ids[0] == blank else ids for ids in encoded]
+    return {word: ids[0] for word, ids in zip(distinct, bare, strict=True) if len(ids) == 1}

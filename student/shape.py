@@ -1,6 +1,7 @@
 """How many layers a student may have, by the speed that is asked for, measured on this machine."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,12 +89,18 @@ def _most(total: int, time_of: Callable[[int], tuple[float | None, float]], goal
         else:
             high = layers - 1
     if low == 0:
-        reached = f"{found[0] / found[1]:.0f} times" if found[0] else f"{found[1]:.2f} ms"
         raise DistillError(
-            f"{goal}: with one layer this student reaches {reached} on this machine; ask for no more than "
-            "that, or start from a narrower checkpoint with --student"
+            f"{goal}: {_reached(*found)} on this machine, or start from a narrower checkpoint with --student"
         )
     return low
+
+
+def _reached(teacher: float | None, student: float) -> str:
+    """What one layer does, rounded so that it can be had."""
+    if teacher is None:
+        return f"with one layer a text takes {student:.2f} ms; allow {math.ceil(100 * student) / 100:.2f}ms"
+    times = math.floor(teacher / student)
+    return f"with one layer this student is {times} times as fast as the teacher; ask for no more than that"
 
 
 def _tell(found: dict[str, float]) -> str:

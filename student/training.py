@@ -22,7 +22,7 @@ from transformers import set_seed
 
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
 from distill.calibration import fit_temperature
-from distill.checkpoints import discard_checkpoints, prepare_checkpoints, recorded_recipe
+from distill.checkpoints import discard_checkpoints, prepare_checkpoints, recorded_recipe, refuse_unfinished
 from distill.data import reload_data, texts_of
 from distill.errors import DistillError
 from distill.metrics import score
@@ -40,6 +40,8 @@ class StudentOptions(TrainingOptions):
     """Options of `distill train-student`."""
 
     output: Path = Path("runs/student")
+    epochs: float = 5.0
+    learning_rate: float = 1e-4
     teacher: Path = Path("runs/teacher")
     data: str | None = None
     student: str | None = None
@@ -122,6 +124,7 @@ def train_student(options: StudentOptions) -> Manifest:
     """
     started = time.monotonic()
     _check(options)
+    refuse_unfinished(options, "train-student")
     teacher = read_manifest(options.teacher, "train-teacher", "--teacher")
     verify(options.teacher, teacher)
     data = reload_data(teacher.data, teacher.labels, options.data)
@@ -156,10 +159,10 @@ def train_student(options: StudentOptions) -> Manifest:
         before = len(tokenizer)
         tokenizer = trim_vocabulary(model, tokenizer, texts_of(corpus), options.vocabulary or None)
         logger.info("Vocabulary: %d of %d tokens", len(tokenizer), before)
-    logits = teacher_logits(options.teacher, teacher, corpus, options.device, options.precision)
-    temperature = _teacher_temperature(options.teacher)
-    logits /= temperature
-    rows = with_soft_labels(data.splits["train"], unlabeled, logits)
+    rows, temperature = data.splits["train"], _teacher_temperature(options.teacher)
+    if options.alpha:
+        logits = teacher_logits(options.teacher, teacher, corpus, options.device, options.precision)
+        rows = with_soft_labels(rows, unlabeled, logits / temperature)
     train = tokenize(rows, tokenizer, options.checkpoints / "train.arrow")
     validation = tokenize(data.splits["validation"], tokenizer)
 

@@ -27,6 +27,7 @@ from distill.errors import DistillError
 from distill.models import OFFSET_POSITIONS
 
 BATCH = 1000
+LONGEST = 1_000_000  # tokens, where a tokenizer sets no limit
 
 
 def trim_vocabulary(
@@ -50,7 +51,7 @@ def trim_vocabulary(
     if not getattr(tokenizer, "is_fast", False):
         raise DistillError("--vocabulary: this checkpoint has no fast tokenizer; leave it out")
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    counts = _counts(tokenizer.backend_tokenizer, texts)
+    counts = _counts(tokenizer, texts)
     seen = {index for index, _ in sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:size]}
     kept = sorted(seen | _needed(content, seen) | _special(tokenizer, content, model))
     place = {old: new for new, old in enumerate(kept)}
@@ -58,11 +59,15 @@ def trim_vocabulary(
     return _rebuilt(tokenizer, _trimmed(content, place), place)
 
 
-def _counts(tokenizer: Tokenizer, texts: Iterable[str | tuple[str, str]]) -> Counter[int]:
+def _counts(tokenizer: Any, texts: Iterable[str | tuple[str, str]]) -> Counter[int]:
+    # The file of a tokenizer may cut shorter, and pad, as sentence encoders' do; this one is as in training.
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.enable_truncation(min(tokenizer.model_max_length, LONGEST))
     texts = iter(texts)
     counts: Counter[int] = Counter()
     while batch := list(islice(texts, BATCH)):
-        for encoding in tokenizer.encode_batch(batch):
+        for encoding in backend.encode_batch(batch):
             counts.update(encoding.ids)
     return counts
 

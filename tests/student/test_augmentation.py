@@ -119,6 +119,33 @@ def test_no_held_out_text_no_training_text_and_no_text_twice():
     assert not {text_id(text) for text in made} & (held_out | {text_id(text) for text in TEXTS})
 
 
+def test_a_part_of_a_pair_that_is_empty_stays_so():
+    pairs = [(text, other) for text, other in zip(TEXTS, [*TEXTS[1:30], *[""] * 31], strict=True)]
+    made = list(augment(pairs, 100, 0, set()))
+    assert all(first for first, _ in made)
+    assert any(not second for _, second in made) and any(second for _, second in made)
+
+
+def test_a_corpus_of_many_words_takes_no_time():
+    import time
+
+    words = [f"word{number}" for number in range(200_000)]
+    started = time.monotonic()
+    corpus = Corpus([words[start : start + 20] for start in range(0, len(words), 20)])
+    assert time.monotonic() - started < 10
+    assert corpus.share["word7"] == pytest.approx(1 / 200_000)
+
+
+def test_where_nothing_can_be_made_one_line_says_so(tmp_path):
+    from datasets import Dataset
+
+    corpus = Dataset.from_dict({"id": [text_id("one")], "text": ["one"]})
+    # Two words of one are the only text that can be made, and it is held out.
+    held_out = {text_id("oneone")}
+    with pytest.raises(DistillError, match="--augment: nothing new can be made of these 1 texts"):
+        augmented_text(corpus, 40, 0, held_out, {}, tmp_path)
+
+
 def test_a_corpus_too_small_for_the_budget_gives_what_it_can():
     assert 0 < len(list(augment(["one two three", "two three four"], 1000, 0, set()))) < 1000
 

@@ -50,5 +50,16 @@ def test_the_nearest_words_come_first_and_never_the_word_itself(tokenizer):
     assert similar_words(["good"], model, tokenizer, count=1) == {"good": ("great",)}
 
 
+def test_words_of_any_script_that_have_marks_or_stand_without_blanks():
+    pieces = [*((token, 0.0) for token in SPECIAL), ("\u2581", -3.0)]
+    pieces += [(word, -2.0) for word in ("\u2581हिन्दी", "\u2581தமிழ்", "好", "坏")]
+    trained = Tokenizer(models.Unigram(pieces, unk_id=1))
+    trained.pre_tokenizer, trained.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, pad_token="[PAD]", unk_token="[UNK]")
+    found = similar_words(["हिन्दी", "好"], _model(tokenizer, []), tokenizer)
+    assert set(found["हिन्दी"]) == {"தமிழ்", "好", "坏"}
+    assert set(found["好"]) == {"தமிழ்", "हिन्दी", "坏"}
+
+
 def test_words_of_several_tokens_or_none_are_left_out(tokenizer):
     assert similar_words(["goodactor", "", "!?"], _model(tokenizer, []), tokenizer) == {}

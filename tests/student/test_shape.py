@@ -19,10 +19,10 @@ def test_the_deepest_student_that_is_fast_enough_is_found(speedup, layers):
 
 
 def test_a_goal_out_of_reach_is_refused_with_what_is_in_reach():
-    with pytest.raises(DistillError, match="--speedup 400: with one layer this student reaches 300 times"):
+    with pytest.raises(DistillError, match="--speedup 400: with one layer this student is 300 times as fast"):
         _most(6, lambda layers: (60.0, 0.2 * layers), Goal(speedup=400))
     with pytest.raises(
-        DistillError, match="--latency-budget 0.1ms: with one layer this student reaches 0.20 ms"
+        DistillError, match="--latency-budget 0.1ms: with one layer a text takes 0.20 ms; allow 0.20ms"
     ):
         _most(6, lambda layers: (None, 0.2 * layers), Goal(milliseconds=0.1))
 
@@ -44,7 +44,7 @@ def test_a_goal_that_all_layers_meet_keeps_them(run, chain, tmp_path, options):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (("--speedup", 1e9), "--speedup 1e+09: with one layer this student reaches"),
+        (("--speedup", 1e9), "--speedup 1e+09: with one layer this student is"),
         (("--layers", 1, "--speedup", 2), "--speedup: chooses the number of layers, as --layers does"),
         (
             ("--latency-budget", 1, "--speedup", 2),

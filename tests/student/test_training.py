@@ -4,12 +4,14 @@ import torch
 from conftest import make_rows, write_csv
 from distill.student import soft_labels
 from distill.student import training as student_training
+from distill.student.command import train_student as command
 from distill.student.soft_labels import teacher_logits
 from distill.student.training import StudentOptions, train_student
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from distill.artifact import read_manifest
 from distill.calibration import fit_temperature
+from distill.callbacks import ProgressCallback
 from distill.data import load_data
 from distill.models import load_model
 from distill.predictions import read_predictions
@@ -151,3 +153,41 @@ def test_a_student_learns_from_the_probabilities_that_the_teacher_should_have_gi
     texts = load_data(str(chain.data), quiet=True).splits["train"].remove_columns("label")
     raw = teacher_logits(chain.teacher, teacher, texts, "cpu", "fp32")
     np.testing.assert_allclose(seen[0], raw / temperature, rtol=1e-5)
+
+
+def test_a_library_user_gets_the_commands_defaults():
+    defaults = StudentOptions()
+    for name, value in command.make_context("train-student", []).params.items():
+        if hasattr(defaults, name):
+            assert value == getattr(defaults, name), name
+
+
+def test_an_interrupted_student_goes_on_as_if_nothing_had_happened(chain, tmp_path, monkeypatch):
+    from distill.student.training import StudentOptions
+
+    from distill import train_student
+
+    def options(folder, **more):
+        recipe = {"augment": "1x", "vocabulary": 0, "latency_budget": 1000.0, "epochs": 3, "batch_size": 16}
+        return StudentOptions(
+            output=tmp_path / folder / "s",
+            teacher=chain.teacher,
+            student=str(chain.checkpoint),
+            **recipe,
+            **more,
+        )
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.epoch and state.epoch > 1:
+            raise KeyboardInterrupt
+
+    whole = train_student(options("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressCallback, "on_evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_student(options("cut"))
+    with monkeypatch.context() as patch:  # neither is the shape measured again
+        patch.setattr("distill.student.training.choose_layers", None)
+        resumed = train_student(options("cut", resume=True))
+    assert resumed.metrics == whole.metrics
+    assert resumed.details == whole.details

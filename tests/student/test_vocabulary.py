@@ -46,6 +46,15 @@ def _spelt(tokens):
     return "".join(token.removeprefix("##") for token in tokens).replace("\u2581", "")
 
 
+def test_the_limits_in_a_tokenizers_own_file_do_not_hide_tokens(tokenizer):
+    own = tokenizer.backend_tokenizer
+    own.enable_truncation(4)
+    own.enable_padding(length=8)
+    trimmed = trim_vocabulary(_model(tokenizer), tokenizer, [(OTHER[0], CORPUS[0])])
+    for text in (OTHER[0], CORPUS[0]):
+        assert trimmed.tokenize(text) == tokenizer.tokenize(text)
+
+
 @pytest.fixture(params=["wordpiece", "byte-level bpe", "unigram"])
 def tokenizer(request):
     return _tokenizer(request.param)
