@@ -1,6 +1,7 @@
 """Click options that several commands share, and how a finished stage is shown."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 POSITIVE = click.IntRange(min=1)
 RATE = click.FloatRange(min=0, min_open=True)
 SHARE = click.FloatRange(0, 1)
+logger = logging.getLogger(__name__)
 SEED = click.IntRange(0, 2**32 - 1)
 
 
@@ -134,3 +136,8 @@ def show_stage(manifest: "Manifest", output: Path, as_json: bool) -> None:
         f"{output}: {manifest.parameters:,} parameters, {manifest.wall_seconds:.0f} s "
         f"on {manifest.device}, {manifest.precision}"
     )
+
+
+def say_loading() -> None:
+    """Tell what the next seconds, on a slow machine half a minute, go to."""
+    logger.info("Loading PyTorch and transformers")

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from distill.options import POSITIVE, output_options, show_stage
+from distill.options import POSITIVE, output_options, say_loading, show_stage
 
 
 @click.command("export")
@@ -46,6 +46,7 @@ def export(as_json: bool, output: Path, **options: Any) -> None:
     check_output(output, options["overwrite"], "export")
     read_manifest(options["student"], "train-student", "--student")
 
+    say_loading()
     from distill.export.bundle import ExportOptions, export_student
 
     show_stage(export_student(ExportOptions(output=output, **options)), output, as_json)

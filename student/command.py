@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from distill.options import POSITIVE, RATE, SHARE, output_options, show_stage, training_options
+from distill.options import POSITIVE, RATE, SHARE, output_options, say_loading, show_stage, training_options
 
 
 class Milliseconds(click.ParamType):
@@ -20,7 +20,7 @@ class Milliseconds(click.ParamType):
         except ValueError:
             found = 0.0
         if not 0 < found < float("inf"):
-            self.fail(f"{value!r} is not a time in milliseconds; give one as 0.5ms", param, ctx)
+            self.fail(f"{value!r} is not a time above 0 in milliseconds; give one as 0.5ms", param, ctx)
         return found
 
 
@@ -70,11 +70,15 @@ def train_student(as_json: bool, output: Path, **options: Any) -> None:
 
     The teacher labels every text once; its logits are kept beside it and never computed again.
     """
+    from distill.student.checks import check_options
+
     from distill.artifact import check_output, read_manifest
 
     # Before the seconds that torch takes to load.
+    check_options(options)
     check_output(output, options["overwrite"], "train-student")
     read_manifest(options["teacher"], "train-teacher", "--teacher")
+    say_loading()
 
     from distill.student.training import StudentOptions
     from distill.student.training import train_student as run

@@ -1,7 +1,6 @@
 """What a student learns on: labelled text, and texts that only the teacher labels."""
 
 import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,22 +15,6 @@ from distill.errors import DistillError
 from distill.sources import Columns, parts_of, text_id
 
 logger = logging.getLogger(__name__)
-
-
-def budget_of(augmentation: str, labelled: int) -> int:
-    """How many texts "10x" (for every labelled one) or "50000" asks for.
-
-    Raises:
-        DistillError: if it is neither.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)x|(\d+)", augmentation)
-    budget = match and (round(float(match[1]) * labelled) if match[1] else int(match[2]))
-    if not budget:
-        raise DistillError(
-            f"--augment {augmentation}: give how many texts to make, as 10x (ten for every training text) or "
-            "as 50000"
-        )
-    return budget
 
 
 def unlabeled_text(source: str, columns: Columns, held_out: set[str]) -> Dataset:

@@ -74,8 +74,11 @@ def choose_layers(
             logger.info("  %d of %d layers: %s", layers, model.config.num_hidden_layers, _tell(found))
             return found.get("teacher"), found["student"]
 
-        logger.info("Shape for %s, in INT8 on one thread of %s", goal, cpu_name())
-        return _most(model.config.num_hidden_layers, time_of, goal)
+        total = model.config.num_hidden_layers
+        logger.info("%s: the most layers that are fast enough, in INT8 on one thread of %s", goal, cpu_name())
+        chosen = _most(total, time_of, goal)
+        logger.info("%s: %d of %d layers", goal, chosen, total)
+        return chosen
 
 
 def _most(total: int, time_of: Callable[[int], tuple[float | None, float]], goal: Goal) -> int:

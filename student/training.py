@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from distill.student.architecture import cut_positions, keep_layers
-from distill.student.corpus import augmented_text, budget_of, unlabeled_text, with_soft_labels
+from distill.student.checks import budget_of, check_options
+from distill.student.corpus import augmented_text, unlabeled_text, with_soft_labels
 from distill.student.losses import distillation_loss
 from distill.student.neighbours import similar_words
 from distill.student.shape import Goal, choose_layers
@@ -24,7 +25,6 @@ from distill.artifact import Manifest, manifest_hash, publish, read_manifest, ve
 from distill.calibration import fit_temperature
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, recorded_recipe, refuse_unfinished
 from distill.data import reload_data, texts_of
-from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, read_predictions, write_predictions
@@ -54,23 +54,6 @@ class StudentOptions(TrainingOptions):
     temperature: float = 1.0
     alpha: float = 0.9
     text_column: str | None = None
-
-
-def _check(options: StudentOptions) -> None:
-    if options.temperature <= 0:
-        raise DistillError(f"--temperature {options.temperature}: must be above 0")
-    if not 0 <= options.alpha <= 1:
-        raise DistillError(f"--alpha {options.alpha}: must be between 0 and 1")
-    given = [name for name in ("layers", "speedup", "latency_budget") if getattr(options, name) is not None]
-    if len(given) > 1:
-        first, second = (f"--{name.replace('_', '-')}" for name in given[:2])
-        raise DistillError(f"{second}: chooses the number of layers, as {first} does; leave one of them out")
-    for name in ("unlabeled", "augment"):
-        if getattr(options, name) and options.alpha == 0:
-            raise DistillError(
-                f"--{name}: with --alpha 0 the teacher's labels count for nothing; raise --alpha"
-            )
-    choose_precision(choose_device(options.device), options.precision)
 
 
 def _build(options: StudentOptions, teacher: Manifest, texts: Sequence[Any]) -> tuple[Any, Any]:
@@ -123,7 +106,8 @@ def train_student(options: StudentOptions) -> Manifest:
         DistillError: for anything wrong with teacher, data, checkpoint or options, before training starts.
     """
     started = time.monotonic()
-    _check(options)
+    check_options(asdict(options))
+    choose_precision(choose_device(options.device), options.precision)
     refuse_unfinished(options, "train-student")
     teacher = read_manifest(options.teacher, "train-teacher", "--teacher")
     verify(options.teacher, teacher)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from distill.options import column_options, output_options, show_stage, training_options
+from distill.options import column_options, output_options, say_loading, show_stage, training_options
 
 
 @click.command("train-teacher")
@@ -34,6 +34,7 @@ def train_teacher(
     from distill.artifact import check_output
 
     check_output(output, options["overwrite"], "train-teacher")  # before the seconds that torch takes to load
+    say_loading()
 
     from distill.teacher.training import TeacherOptions
     from distill.teacher.training import train_teacher as run

@@ -12,7 +12,8 @@ from distill.student.augmentation import (
     replace_words,
     substitute_words,
 )
-from distill.student.corpus import augmented_text, budget_of, with_soft_labels
+from distill.student.checks import budget_of
+from distill.student.corpus import augmented_text, with_soft_labels
 from distill.student.losses import UNLABELED
 
 from distill import DistillError

@@ -63,4 +63,4 @@ def test_a_goal_that_cannot_be_met_is_one_line_and_leaves_nothing(run, chain, tm
 def test_a_budget_is_a_time(run, chain, tmp_path, wrong):
     done = _train(run, chain, tmp_path, f"--latency-budget={wrong}")
     assert done.exit_code == 2
-    assert "is not a time in milliseconds; give one as 0.5ms" in done.output
+    assert "is not a time above 0 in milliseconds; give one as 0.5ms" in done.output

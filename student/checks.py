@@ -1,0 +1,49 @@
+"""What is wrong with the options of a student whatever its teacher and data: told before torch is loaded."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from distill.errors import DistillError
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that are wrong by themselves, or together.
+
+    Args:
+        options: of `distill train-student`, by name.
+
+    Raises:
+        DistillError: naming the first that is.
+    """
+    if options["temperature"] <= 0:
+        raise DistillError(f"--temperature {options['temperature']}: must be above 0")
+    if not 0 <= options["alpha"] <= 1:
+        raise DistillError(f"--alpha {options['alpha']}: must be between 0 and 1")
+    given = [name for name in ("layers", "speedup", "latency_budget") if options[name] is not None]
+    if len(given) > 1:
+        first, second = (f"--{name.replace('_', '-')}" for name in given[:2])
+        raise DistillError(f"{second}: chooses the number of layers, as {first} does; leave one of them out")
+    for name in ("unlabeled", "augment"):
+        if options[name] and options["alpha"] == 0:
+            raise DistillError(
+                f"--{name}: with --alpha 0 the teacher's labels count for nothing; raise --alpha"
+            )
+    if options["augment"]:
+        budget_of(options["augment"], 1000)
+
+
+def budget_of(augmentation: str, labelled: int) -> int:
+    """How many texts "10x" (for every labelled one) or "50000" asks for.
+
+    Raises:
+        DistillError: if it is neither.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)x|(\d+)", augmentation)
+    budget = match and (round(float(match[1]) * labelled) if match[1] else int(match[2]))
+    if not budget:
+        raise DistillError(
+            f"--augment {augmentation}: give how many texts to make, as 10x (ten for every training text) or "
+            "as 50000"
+        )
+    return budget
