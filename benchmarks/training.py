@@ -177,6 +177,9 @@ def main(
     result = {
         "cpu": cpu_name(),
         "precision": choose_precision("cpu"),
+        "data": data.name,
+        "teacher": Path(teacher).name,
+        "student": Path(student).name,
         "texts": texts,
         "layers": layers,
         "batch_size": batch_size,

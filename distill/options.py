@@ -12,10 +12,10 @@ import click
 if TYPE_CHECKING:
     from distill.artifact import Manifest
 
+logger = logging.getLogger(__name__)
 POSITIVE = click.IntRange(min=1)
 RATE = click.FloatRange(min=0, min_open=True)
 SHARE = click.FloatRange(0, 1)
-logger = logging.getLogger(__name__)
 SEED = click.IntRange(0, 2**32 - 1)
 
 
@@ -139,5 +139,5 @@ def show_stage(manifest: "Manifest", output: Path, as_json: bool) -> None:
 
 
 def say_loading() -> None:
-    """Tell what the next seconds, on a slow machine half a minute, go to."""
+    """Tell what the next seconds go to."""
     logger.info("Loading PyTorch and transformers")

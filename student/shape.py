@@ -70,7 +70,7 @@ def choose_layers(
                 candidate = distill.open_candidate(
                     keep_layers(model, layers), tokenizer, labels, Path(folder)
                 )
-                found = measure({**slow, "student": candidate}, sample)
+                found = measure({**slow, "student": lambda text: candidate([text])}, sample)
             logger.info("  %d of %d layers: %s", layers, model.config.num_hidden_layers, _tell(found))
             return found.get("teacher"), found["student"]
 

@@ -48,8 +48,8 @@ def teacher_logits(
     """Logits of the teacher for every row, shape (n, classes); the teacher runs on unknown texts alone.
 
     They are kept in `soft_labels/` beside the teacher's folder, under the hash of the teacher's manifest, in
-    parts of 5,000 texts, so that an interrupted run loses at most one part. They serve every later
-    precision: bf16 moves a logit by less than training does.
+    parts of 5,000 texts, so that an interrupted run loses at most one part. They serve whatever
+    precision a later run asks for.
 
     Args:
         teacher: the teacher's folder.

@@ -13,12 +13,12 @@ BATCH = {
 }
 
 
-def tiny_model(family, attention=None):
+def tiny_model(family, attention=None, **settings):
     """A tiny classifier of a family."""
     torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_config(
-        make_configs(2)[family], attn_implementation=attention
-    )
+    config = make_configs(2)[family]
+    config.update(settings)
+    return AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
 
 
 def _gradients(model, batch):
@@ -49,19 +49,26 @@ def test_logits_and_gradients_are_those_of_the_whole_model(family, implementatio
         assert seen[-1] == batch["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize("family", ["mpnet", "distilbert"])
-def test_other_encoders_are_left_as_they_are(family):
-    model = tiny_model(family).eval()
-    expected = model(**BATCH).logits
-    with first_token_only(model) as first:
-        assert not first
-        torch.testing.assert_close(model(**BATCH).logits, expected, atol=0, rtol=0)
-
-
-def test_a_classifier_that_reads_every_token_is_left_as_it_is():
-    model = tiny_model("bert").eval()
+def _pooled_by_the_mean():
+    model = tiny_model("bert")
     pooler = model.bert.pooler
     pooler.forward = lambda states: torch.tanh(pooler.dense(states.mean(dim=1)))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tiny_model("mpnet"),
+        lambda: tiny_model("distilbert"),
+        lambda: tiny_model("bert", is_decoder=True),
+        lambda: tiny_model("bert", position_embedding_type="relative_key"),
+        _pooled_by_the_mean,
+    ],
+    ids=["mpnet", "distilbert", "decoder", "relative", "mean"],
+)
+def test_other_models_are_left_as_they_are(make):
+    model = make().eval()
     expected = model(**BATCH).logits
     with first_token_only(model) as first:
         assert not first

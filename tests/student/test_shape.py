@@ -64,3 +64,20 @@ def test_a_budget_is_a_time(run, chain, tmp_path, wrong):
     done = _train(run, chain, tmp_path, f"--latency-budget={wrong}")
     assert done.exit_code == 2
     assert "is not a time above 0 in milliseconds; give one as 0.5ms" in done.output
+
+
+def test_a_pair_is_timed_as_one_text(checkpoint, monkeypatch, tmp_path):
+    from conftest import make_tokenizer
+    from distill.student.shape import choose_layers
+    from transformers import AutoModelForSequenceClassification
+
+    import distill
+
+    seen = []
+    monkeypatch.setattr(distill, "open_candidate", lambda *arguments: seen.append)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    pair = ("a question", "an answer")
+    assert (
+        choose_layers(model, make_tokenizer(), ["no", "yes"], [pair], Goal(milliseconds=1e6), tmp_path) == 4
+    )
+    assert seen and all(one == [pair] for one in seen)
