@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ RESULTS = Path(__file__).resolve().parent / "results" / "pareto"
 SETS = ("banking77", "clinc150", "snips", "ag_news_small", "goemotions_sentiment3", "sst2_sentences")
 SEEDS = (1, 2, 3)
 FAST = ("--learning-rate", "3e-4", "--batch-size", "64")
-RECIPE = ("--augment", "10x", "--vocabulary", "0", "--epochs", "3", *FAST)
-ALONE = ("--alpha", "0", "--epochs", "33", *FAST)  # as many steps, unless validation stops it
+AUGMENT, EPOCHS = 40_000, 5
+RECIPE = ("--augment", str(AUGMENT), "--vocabulary", "0", "--epochs", str(EPOCHS), *FAST)
 LAYERS = (1, 3, 6)  # besides 2, which has all seeds
 TIMED = 60
 INT8 = "onnx/model_quantized.onnx"
@@ -55,13 +56,19 @@ def _run(*arguments: str | Path) -> None:
     subprocess.run(command, check=True, env={**os.environ, "OMP_WAIT_POLICY": "passive"})
 
 
-def _students() -> dict[str, tuple[str, ...]]:
+def _alone() -> tuple[str, ...]:
+    """Options of a student without a teacher: as many steps as with one, unless validation stops it."""
+    rows = read_manifest(Path("runs/teacher"), "train-teacher").data["rows"]["train"]
+    return ("--alpha", "0", "--epochs", str(round(EPOCHS * (1 + AUGMENT / rows))), *FAST)
+
+
+def _students(depths: Sequence[int]) -> dict[str, tuple[str, ...]]:
     """Folder of every student, and the options that make it."""
     found = {}
     for seed in SEEDS:
         found[f"2_layers_seed{seed}"] = ("--layers", "2", "--seed", str(seed), *RECIPE)
-        found[f"2_layers_alone_seed{seed}"] = ("--layers", "2", "--seed", str(seed), *ALONE)
-    for layers in LAYERS:
+        found[f"2_layers_alone_seed{seed}"] = ("--layers", "2", "--seed", str(seed), *_alone())
+    for layers in depths:
         found[f"{layers}_layers_seed{SEEDS[0]}"] = ("--layers", str(layers), "--seed", str(SEEDS[0]), *RECIPE)
     return found
 
@@ -74,11 +81,11 @@ def _has_recipe(name: str, options: tuple[str, ...]) -> bool:
     return all(str(before[key]) == str(wanted[key]) for key in before.keys() - {"output", "student"})
 
 
-def train(data: Path, teacher: str, student: str) -> None:
+def train(data: Path, teacher: str, student: str, depths: Sequence[int]) -> None:
     """Train and export whatever is not there yet."""
     if not Path("runs/teacher").is_dir():
         _run("train-teacher", "--data", data, "--model", teacher, "--resume")
-    for name, options in _students().items():
+    for name, options in _students(depths).items():
         if Path("runs", name).is_dir() and not _has_recipe(name, options):
             for stale in (name, f"{name}_int8"):
                 shutil.rmtree(Path("runs", stale), ignore_errors=True)
@@ -108,7 +115,7 @@ def _peers(data: Data, student: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return classify, rows
 
 
-def evaluate(student: str) -> dict[str, Any]:
+def evaluate(student: str, depths: Sequence[int]) -> dict[str, Any]:
     """Test scores, sizes and latencies of all versions of one set."""
     manifest = read_manifest(Path("runs/teacher"), "train-teacher")
     data = reload_data(manifest.data, manifest.labels)
@@ -126,7 +133,7 @@ def evaluate(student: str) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {"teacher": {}}
     predicted = {"teacher": read_predictions(Path("runs/teacher"), "test")["teacher"].predicted}
     rows["teacher"]["bytes"] = Path("runs/teacher/model.safetensors").stat().st_size
-    for name in _students():
+    for name in _students(depths):
         folder = Path("runs", f"{name}_int8")
         predicted[name] = read_predictions(folder, "test")["int8"].predicted
         unquantized = read_predictions(Path("runs", name), "test")["student"].predicted
@@ -168,7 +175,7 @@ def evaluate(student: str) -> dict[str, Any]:
         "cpu": cpu_name(),
         "versions": manifest.versions,
         "recipe": " ".join(RECIPE),
-        "recipe_alone": " ".join(ALONE),
+        "recipe_alone": " ".join(_alone()),
         "rows": data.manifest()["rows"],
         "classes": classes,
         "results": rows,
@@ -185,8 +192,13 @@ def evaluate(student: str) -> dict[str, Any]:
 @click.option("--teacher", default="sentence-transformers/all-mpnet-base-v2", help="Checkpoint.")
 @click.option("--student", default="sentence-transformers/all-MiniLM-L6-v2", help="Checkpoint.")
 @click.option("--set", "names", multiple=True, default=SETS, help="Sets to run; all when left out.")
+@click.option(
+    "--layers", "depths", type=int, multiple=True, default=LAYERS, help="Depths besides 2, with one seed."
+)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("pareto"), help="Folder for the runs.")
-def main(data: Path, teacher: str, student: str, names: tuple[str, ...], work: Path) -> None:
+def main(
+    data: Path, teacher: str, student: str, names: tuple[str, ...], depths: tuple[int, ...], work: Path
+) -> None:
     """Run the benchmark, set by set."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     # The runs have a working folder of their own, so that the chain's default paths serve.
@@ -196,8 +208,8 @@ def main(data: Path, teacher: str, student: str, names: tuple[str, ...], work: P
         folder = work / name
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
-        train(data / name, teacher, student)
-        result = evaluate(student)
+        train(data / name, teacher, student, depths)
+        result = evaluate(student, depths)
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         click.echo(json.dumps(result, indent=2))
 
