@@ -113,7 +113,11 @@ def loading(checkpoint: str, option: str) -> Iterator[None]:
 
 
 def load_model(
-    checkpoint: str, labels: list[str], option: str = "--model", dropout: float | None = None
+    checkpoint: str,
+    labels: list[str],
+    option: str = "--model",
+    dropout: float | None = None,
+    further: Callable[[Any], dict[str, Any]] | None = None,
 ) -> Any:
     """Load a sequence classifier in fp32 with a head for `labels`: safetensors alone, no remote code.
 
@@ -122,6 +126,7 @@ def load_model(
         labels: label names.
         option: the option that named the checkpoint, for error messages.
         dropout: put in place of every dropout probability of the checkpoint's configuration.
+        further: gives more arguments of `from_pretrained` for a configuration.
     """
     with loading(checkpoint, option):
         config = AutoConfig.from_pretrained(
@@ -135,6 +140,7 @@ def load_model(
         if getattr(config, "pad_token_id", None) is None:
             # Decoders: the classifier reads the last token that is not this one.
             config.pad_token_id = load_tokenizer(checkpoint, 1, option).pad_token_id
+        config.use_cache = False  # of keys and values, which serve to write text
         if dropout is not None:
             for name, value in config.to_dict().items():
                 if "dropout" in name and isinstance(value, float):
@@ -146,6 +152,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             dtype=torch.float32,
+            **(further(config) if further else {}),
         )
 
 
@@ -163,6 +170,9 @@ def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model") ->
             raise DistillError(f"{option} {checkpoint}: its tokenizer can neither pad nor end a text; "
                                "choose another checkpoint")  # fmt: skip
         tokenizer.pad_token = tokenizer.eos_token
+    if config.model_type not in READ_FROM_THE_END:
+        # A decoder's last token has seen no padding after it, and its positions count from the first one.
+        tokenizer.padding_side = "right"
     limits = [max_length, tokenizer.model_max_length]
     positions = getattr(config, "max_position_embeddings", None)
     if positions and positions > 0:
@@ -174,6 +184,8 @@ def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model") ->
 
 
 OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}
+# These classify by the very last position, so padding must come first.
+READ_FROM_THE_END = {"xlnet"}
 
 
 def batched_logits(

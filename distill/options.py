@@ -78,7 +78,7 @@ def training_options(epochs: float, learning_rate: float) -> Callable[[Callable]
                 click.option(
                     "--head-learning-rate",
                     type=RATE,
-                    help="Of the classification head [ten times --learning-rate].",
+                    help="Of what is new, head and adapters [ten times --learning-rate].",
                 ),
                 click.option("--warmup-ratio", type=SHARE, default=0.06, help="Share of steps that warm up."),
                 click.option(

@@ -34,7 +34,7 @@ class TrainingOptions:
     gradient_checkpointing: bool = False
     learning_rate: float = 5e-5
     head_learning_rate: float | None = None
-    """Of the classification head; ten times `learning_rate` when left out."""
+    """Of what is new, head and adapters; ten times `learning_rate` when left out."""
     warmup_ratio: float = 0.06
     weight_decay: float = 0.01
     dropout: float | None = None
@@ -155,16 +155,17 @@ def _arguments(options: TrainingOptions, precision: str, device: str) -> Trainin
 HEAD_RATE = 10
 
 
-def is_head(name: str, prefix: str) -> bool:
-    """Say whether a parameter belongs to the head: to the classifier, or to the pooler below it.
+def is_new(name: str, prefix: str) -> bool:
+    """Say whether a parameter or module is new: in the classifier, in the pooler below it, or an adapter's.
 
-    A classifier is drawn at random; a pooler too, or it was trained for another task.
+    A classifier and adapters are drawn at random; a pooler too, or it was trained for another task.
 
     Args:
-        name: of the parameter in the classifier.
+        name: in the classifier, perhaps as PEFT wraps it.
         prefix: of the encoder in it, its `base_model_prefix`.
     """
-    return not name.startswith(f"{prefix}.") or ".pooler." in name
+    name = f"{name.removeprefix('base_model.model.')}."
+    return not name.startswith(f"{prefix}.") or ".pooler." in name or ".lora_" in name
 
 
 BEYOND_THE_MODEL = ("labels", "teacher_logits")
@@ -203,26 +204,26 @@ class LossTrainer(Trainer):
         )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer does, but with a learning rate of its own for the head.
+        """As the Trainer does, but with a learning rate of its own for what is new.
 
-        A new head has further to go than pre-trained weights, which the other rate suits.
+        A head and adapters have further to go than pre-trained weights, which the other rate suits.
         """
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))
             groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    kind = (is_head(name, self.model.base_model_prefix), name in decayed)
+                    kind = (is_new(name, self.model.base_model_prefix), name in decayed)
                     groups.setdefault(kind, []).append(parameter)
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer(
                 [
                     {
                         "params": parameters,
-                        "lr": self.head_learning_rate if head else self.args.learning_rate,
+                        "lr": self.head_learning_rate if new else self.args.learning_rate,
                         "weight_decay": self.args.weight_decay if decay else 0.0,
                     }
-                    for (head, decay), parameters in groups.items()
+                    for (new, decay), parameters in groups.items()
                 ],
                 **options,
             )
@@ -273,7 +274,8 @@ def fit(
     precision = choose_precision(device, options.precision)
     set_seed(options.seed)
     classes = model.config.num_labels
-    model.get_input_embeddings().weight.requires_grad_(not options.freeze_embeddings)
+    if options.freeze_embeddings:
+        model.get_input_embeddings().weight.requires_grad_(False)
 
     def evaluate(prediction: Any) -> dict[str, float]:
         return score(prediction.label_ids, prediction.predictions.argmax(axis=-1), classes).summary()
@@ -294,7 +296,7 @@ def fit(
     trainer.pop_callback(_printer())
     logger.info("%s: %d texts on %s in %s", title, len(train), device, precision)
     try:
-        with first_token_only(model):
+        with first_token_only(model.get_base_model() if hasattr(model, "get_base_model") else model):
             trainer.train(resume_from_checkpoint=resume_from)
     except KeyboardInterrupt:
         if get_last_checkpoint(str(options.checkpoints)):

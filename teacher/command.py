@@ -5,7 +5,14 @@ from typing import Any
 
 import click
 
-from distill.options import column_options, output_options, say_loading, show_stage, training_options
+from distill.options import (
+    POSITIVE,
+    column_options,
+    output_options,
+    say_loading,
+    show_stage,
+    training_options,
+)
 
 
 @click.command("train-teacher")
@@ -16,6 +23,9 @@ from distill.options import column_options, output_options, say_loading, show_st
 @click.option(
     "--label-smoothing", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Label smoothing."
 )
+@click.option("--lora", is_flag=True, help="Train adapters beside frozen weights, and merge them.")
+@click.option("--qlora", is_flag=True, help="The same, with the frozen weights in 4 bits.")
+@click.option("--lora-rank", type=POSITIVE, default=16, help="Rank of the adapters.")
 @training_options(epochs=3, learning_rate=5e-5)
 @output_options("runs/teacher")
 def train_teacher(

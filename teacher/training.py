@@ -3,11 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from distill.teacher.adapters import add_adapters, check_four_bits, in_four_bits, merge_adapters
 from torch.nn import functional as F
 from transformers import set_seed
 
@@ -32,6 +34,11 @@ class TeacherOptions(TrainingOptions):
     columns: Columns = field(default_factory=Columns)
     class_weights: bool = False
     label_smoothing: float = 0.0
+    lora: bool = False
+    """Train adapters and the head; the rest stays as it is."""
+    qlora: bool = False
+    """The same, with the rest in 4 bits."""
+    lora_rank: int = 16
 
 
 def balanced_weights(labels: np.ndarray, classes: int) -> torch.Tensor:
@@ -51,6 +58,13 @@ def _loss(
     return cross_entropy
 
 
+def _build(options: TeacherOptions, labels: list[str]) -> Any:
+    """Load the checkpoint, with adapters if asked."""
+    further = partial(in_four_bits, device=choose_device(options.device)) if options.qlora else None
+    model = load_model(options.model, labels, dropout=options.dropout, further=further)
+    return add_adapters(model, options.lora_rank) if options.lora or options.qlora else model
+
+
 def train_teacher(options: TeacherOptions) -> Manifest:
     """Fine-tune a teacher and publish it.
 
@@ -63,12 +77,14 @@ def train_teacher(options: TeacherOptions) -> Manifest:
     started = time.monotonic()
     if not 0 <= options.label_smoothing < 1:
         raise DistillError(f"--label-smoothing {options.label_smoothing}: must be at least 0 and below 1")
+    if options.qlora:
+        check_four_bits()
     choose_precision(choose_device(options.device), options.precision)
     recipe: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in ("resume", "overwrite")}
     data = load_data(options.data, options.columns, options.seed)
     tokenizer = load_tokenizer(options.model, options.max_length)
     set_seed(options.seed)  # a new head is drawn at random
-    model = load_model(options.model, data.labels, dropout=options.dropout)
+    model = _build(options, data.labels)
     resume_from = prepare_checkpoints(
         options, {**recipe, "data_fingerprint": data.fingerprint}, "train-teacher"
     )
@@ -81,8 +97,9 @@ def train_teacher(options: TeacherOptions) -> Manifest:
     loss = _loss(weights, options.label_smoothing)
     trained = fit(model, tokenizer, train, validation, options, loss, "Teacher", resume_from)
 
+    model = merge_adapters(trained.model) if options.lora or options.qlora else trained.model
     logits = {
-        split: predict_logits(trained.model, tokenizer, data.splits[split], trained.device, trained.precision)
+        split: predict_logits(model, tokenizer, data.splits[split], trained.device, trained.precision)
         for split in EVALUATED
     }
     scores = {
@@ -97,13 +114,13 @@ def train_teacher(options: TeacherOptions) -> Manifest:
         data=data.manifest(),
         metrics={split: value.summary() for split, value in scores.items()},
         max_length=tokenizer.model_max_length,
-        parameters=count_parameters(trained.model),
+        parameters=count_parameters(model),
         device=trained.device,
         precision=trained.precision,
         wall_seconds=round(time.monotonic() - started, 1),
     )
     with publish(options.output, manifest, options.overwrite) as folder:
-        trained.model.to("cpu").save_pretrained(folder, safe_serialization=True)
+        model.to("cpu").save_pretrained(folder, safe_serialization=True)
         tokenizer.save_pretrained(folder)
         write_predictions(folder, data.splits, {"teacher": logits})
     discard_checkpoints(options)

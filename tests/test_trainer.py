@@ -4,7 +4,7 @@ import transformers
 from conftest import make_configs, make_tokenizer
 from datasets import Dataset
 
-from distill.trainer import LossTrainer, is_head, tokenize
+from distill.trainer import LossTrainer, is_new, tokenize
 
 FAMILIES = make_configs(layers=2)
 
@@ -14,7 +14,7 @@ def test_the_head_is_what_the_pre_trained_encoder_does_not_have(family):
     model = transformers.AutoModelForSequenceClassification.from_config(FAMILIES[family])
     pretrained = transformers.AutoModel.from_config(FAMILIES[family]).state_dict()
     prefix = model.base_model_prefix
-    head = {name for name, _ in model.named_parameters() if is_head(name, prefix)}
+    head = {name for name, _ in model.named_parameters() if is_new(name, prefix)}
     body = {f"{prefix}.{name}" for name in pretrained if "pooler" not in name}
     assert head and head == {name for name, _ in model.named_parameters()} - body
 
@@ -35,7 +35,7 @@ def test_every_parameter_is_trained_once_and_the_head_at_its_own_rate(family, tm
     decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert rates[id(parameter)] == (1e-3 if is_head(name, model.base_model_prefix) else 1e-4)
+            assert rates[id(parameter)] == (1e-3 if is_new(name, model.base_model_prefix) else 1e-4)
             assert decays[id(parameter)] == (0.1 if name in decayed else 0.0)
     assert isinstance(trainer.optimizer, torch.optim.AdamW)
 
