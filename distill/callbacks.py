@@ -3,6 +3,9 @@
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from transformers import TrainerCallback
@@ -88,3 +91,29 @@ class SaveInTime(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock again."""
         self.last = time.monotonic()
+
+
+Watcher = Callable[[float, float], None]
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Within it, trainings tell `watcher` epoch and macro-F1 at every evaluation on validation text."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+class Watch(TrainerCallback):
+    """Tell whoever watches what validation gave."""
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Pass it on."""
+        watcher = _watcher.get()
+        if watcher is not None and metrics:
+            watcher(state.epoch, metrics["eval_macro_f1"])

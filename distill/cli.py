@@ -3,6 +3,7 @@
 import logging
 import sys
 import tomllib
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ COMMANDS = {
         "distill.teacher.command:train_teacher",
         "Fine-tune a large classifier on labelled text.",
     ),
+    "tune": ("distill.tune:tune", "Search for better options of a training command."),
     "train-student": ("distill.student.command:train_student", "Distil the teacher into a small student."),
     "export": (
         "distill.export.command:export",
@@ -127,9 +129,10 @@ def cli(ctx: click.Context, config: Path | None, verbose: bool) -> None:
     if path.is_file():
         defaults = _defaults(path)
         name = ctx.invoked_subcommand
-        if name in defaults:
-            command = cli.get_command(ctx, name)
-            assert command is not None
+        command = cli.get_command(ctx, name) if name else None
+        if command is not None and hasattr(command, "defaults"):
+            defaults[str(name)] = command.defaults(defaults, partial(_by_parameter, path))
+        elif command is not None and name and name in defaults:
             defaults[name] = _by_parameter(path, name, defaults[name], command)
         ctx.default_map = {**(ctx.default_map or {}), **defaults}
 

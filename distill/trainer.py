@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
-from distill.callbacks import ProgressCallback, SaveInTime
+from distill.callbacks import ProgressCallback, SaveInTime, Watch
 from distill.first_token import first_token_only
 from distill.metrics import score
 from distill.models import batched_logits, choose_device, choose_precision
@@ -241,11 +241,12 @@ class LossTrainer(Trainer):
 
 @dataclass
 class Trained:
-    """A trained model and where it was trained."""
+    """A trained model, where it was trained, and its macro-F1 on validation."""
 
     model: Any
     device: str
     precision: str
+    score: float
 
 
 def fit(
@@ -289,7 +290,7 @@ def fit(
         processing_class=tokenizer,
         data_collator=Collator(tokenizer),
         compute_metrics=evaluate,
-        callbacks=[progress, SaveInTime(), EarlyStoppingCallback(options.patience)],
+        callbacks=[progress, SaveInTime(), Watch(), EarlyStoppingCallback(options.patience)],
         loss=loss,
         head_learning_rate=options.head_learning_rate,
     )
@@ -304,7 +305,7 @@ def fit(
         raise
     finally:
         progress.close()
-    return Trained(model=trainer.model, device=device, precision=precision)
+    return Trained(trainer.model, device, precision, float(trainer.state.best_metric or 0.0))
 
 
 def _printer() -> type[TrainerCallback]:

@@ -24,12 +24,12 @@ from transformers import set_seed
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
 from distill.calibration import fit_temperature
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, recorded_recipe, refuse_unfinished
-from distill.data import reload_data, texts_of
+from distill.data import Data, reload_data, texts_of
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, read_predictions, write_predictions
 from distill.sources import Columns, parts_of
-from distill.trainer import TrainingOptions, fit, predict_logits, tokenize
+from distill.trainer import Trained, TrainingOptions, fit, predict_logits, tokenize
 from distill.words import segments
 
 logger = logging.getLogger(__name__)
@@ -94,18 +94,25 @@ def _teacher_temperature(teacher: Path) -> float:
     return temperature
 
 
-def train_student(options: StudentOptions) -> Manifest:
-    """Distil a teacher into a student and publish it.
+def tune_student(**options: Any) -> float:
+    """Train with options as the command line has them; macro-F1 on validation, and nothing is published."""
+    return _fit(StudentOptions(**options)).trained.score
 
-    The teacher runs only for texts whose logits are not kept yet, and never while the student trains.
 
-    Returns:
-        The manifest, as it stands in the output folder.
+@dataclass
+class _Fitted:
+    data: Data
+    tokenizer: Any
+    trained: Trained
+    recipe: dict[str, Any]
+    labels: list[str]
+    made: dict[str, int]
+    parent: str
+    teacher_temperature: float
 
-    Raises:
-        DistillError: for anything wrong with teacher, data, checkpoint or options, before training starts.
-    """
-    started = time.monotonic()
+
+def _fit(options: StudentOptions) -> _Fitted:
+    """Check everything, have the teacher label what it has not labelled yet, then train."""
     check_options(asdict(options))
     choose_precision(choose_device(options.device), options.precision)
     refuse_unfinished(options, "train-student")
@@ -158,6 +165,23 @@ def train_student(options: StudentOptions) -> Manifest:
         )
 
     trained = fit(model, tokenizer, train, validation, options, loss, "Student", resume_from)
+    return _Fitted(data, tokenizer, trained, recipe, teacher.labels, extra, parent, temperature)
+
+
+def train_student(options: StudentOptions) -> Manifest:
+    """Distil a teacher into a student and publish it.
+
+    The teacher runs only for texts whose logits are not kept yet, and never while the student trains.
+
+    Returns:
+        The manifest, as it stands in the output folder.
+
+    Raises:
+        DistillError: for anything wrong with teacher, data, checkpoint or options, before training starts.
+    """
+    started = time.monotonic()
+    fitted = _fit(options)
+    data, tokenizer, trained = fitted.data, fitted.tokenizer, fitted.trained
     predictions = {
         split: predict_logits(trained.model, tokenizer, data.splits[split], trained.device, trained.precision)
         for split in EVALUATED
@@ -165,13 +189,13 @@ def train_student(options: StudentOptions) -> Manifest:
     truth = {split: np.asarray(data.splits[split]["label"]) for split in EVALUATED}
     manifest = Manifest(
         stage="train-student",
-        labels=teacher.labels,
-        options={k: str(v) if isinstance(v, Path) else v for k, v in recipe.items()},
+        labels=fitted.labels,
+        options={k: str(v) if isinstance(v, Path) else v for k, v in fitted.recipe.items()},
         seed=options.seed,
-        data={**data.manifest(), **extra},
-        parents=[{"path": str(options.teacher), "manifest_sha256": parent}],
+        data={**data.manifest(), **fitted.made},
+        parents=[{"path": str(options.teacher), "manifest_sha256": fitted.parent}],
         metrics={
-            s: score(truth[s], predictions[s].argmax(1), len(teacher.labels)).summary() for s in EVALUATED
+            s: score(truth[s], predictions[s].argmax(1), len(fitted.labels)).summary() for s in EVALUATED
         },
         max_length=tokenizer.model_max_length,
         parameters=count_parameters(trained.model),
@@ -179,9 +203,9 @@ def train_student(options: StudentOptions) -> Manifest:
         precision=trained.precision,
         wall_seconds=round(time.monotonic() - started, 1),
         details={
-            "layers": int(model.config.num_hidden_layers),
+            "layers": int(trained.model.config.num_hidden_layers),
             "vocabulary": len(tokenizer),
-            "teacher_temperature": temperature,
+            "teacher_temperature": fitted.teacher_temperature,
         },
     )
     with publish(options.output, manifest, options.overwrite) as folder:

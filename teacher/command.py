@@ -28,14 +28,7 @@ from distill.options import (
 @click.option("--lora-rank", type=POSITIVE, default=16, help="Rank of the adapters.")
 @training_options(epochs=3, learning_rate=5e-5)
 @output_options("runs/teacher")
-def train_teacher(
-    text_column: str | None,
-    text_pair_column: str | None,
-    label_column: str | None,
-    as_json: bool,
-    output: Path,
-    **options: Any,
-) -> None:
+def train_teacher(as_json: bool, output: Path, **options: Any) -> None:
     """Fine-tune a large classifier on labelled text.
 
     Splits that the data lacks are made: a stratified tenth for validation and for test. The weights with the
@@ -46,10 +39,7 @@ def train_teacher(
     check_output(output, options["overwrite"], "train-teacher")  # before the seconds that torch takes to load
     say_loading()
 
-    from distill.teacher.training import TeacherOptions
+    from distill.teacher.training import teacher_options
     from distill.teacher.training import train_teacher as run
 
-    from distill.sources import Columns
-
-    columns = Columns(text_column, text_pair_column, label_column)
-    show_stage(run(TeacherOptions(output=output, columns=columns, **options)), output, as_json)
+    show_stage(run(teacher_options(output=output, **options)), output, as_json)

@@ -15,13 +15,13 @@ from transformers import set_seed
 
 from distill.artifact import Manifest, publish
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints
-from distill.data import load_data
+from distill.data import Data, load_data
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, write_predictions
 from distill.sources import Columns
-from distill.trainer import TrainingOptions, fit, predict_logits, tokenize
+from distill.trainer import Trained, TrainingOptions, fit, predict_logits, tokenize
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,28 @@ def _build(options: TeacherOptions, labels: list[str]) -> Any:
     return add_adapters(model, options.lora_rank) if options.lora or options.qlora else model
 
 
-def train_teacher(options: TeacherOptions) -> Manifest:
-    """Fine-tune a teacher and publish it.
+def teacher_options(
+    text_column: str | None, text_pair_column: str | None, label_column: str | None, **options: Any
+) -> TeacherOptions:
+    """Options as the command line has them."""
+    return TeacherOptions(columns=Columns(text_column, text_pair_column, label_column), **options)
 
-    Returns:
-        The manifest, as it stands in the output folder.
 
-    Raises:
-        DistillError: for anything wrong with data, checkpoint or options, before training starts.
-    """
-    started = time.monotonic()
+def tune_teacher(**options: Any) -> float:
+    """Train with options as the command line has them; macro-F1 on validation, and nothing is published."""
+    return _fit(teacher_options(**options)).trained.score
+
+
+@dataclass
+class _Fitted:
+    data: Data
+    tokenizer: Any
+    trained: Trained
+    recipe: dict[str, Any]
+
+
+def _fit(options: TeacherOptions) -> _Fitted:
+    """Check everything, then train; the test split is not looked at."""
     if not 0 <= options.label_smoothing < 1:
         raise DistillError(f"--label-smoothing {options.label_smoothing}: must be at least 0 and below 1")
     if options.qlora:
@@ -96,7 +108,21 @@ def train_teacher(options: TeacherOptions) -> Manifest:
     validation = tokenize(data.splits["validation"], tokenizer)
     loss = _loss(weights, options.label_smoothing)
     trained = fit(model, tokenizer, train, validation, options, loss, "Teacher", resume_from)
+    return _Fitted(data, tokenizer, trained, recipe)
 
+
+def train_teacher(options: TeacherOptions) -> Manifest:
+    """Fine-tune a teacher and publish it.
+
+    Returns:
+        The manifest, as it stands in the output folder.
+
+    Raises:
+        DistillError: for anything wrong with data, checkpoint or options, before training starts.
+    """
+    started = time.monotonic()
+    fitted = _fit(options)
+    data, tokenizer, trained = fitted.data, fitted.tokenizer, fitted.trained
     model = merge_adapters(trained.model) if options.lora or options.qlora else trained.model
     logits = {
         split: predict_logits(model, tokenizer, data.splits[split], trained.device, trained.precision)
@@ -109,7 +135,7 @@ def train_teacher(options: TeacherOptions) -> Manifest:
     manifest = Manifest(
         stage="train-teacher",
         labels=data.labels,
-        options={k: str(v) if isinstance(v, Path) else v for k, v in recipe.items()},
+        options={k: str(v) if isinstance(v, Path) else v for k, v in fitted.recipe.items()},
         seed=options.seed,
         data=data.manifest(),
         metrics={split: value.summary() for split, value in scores.items()},

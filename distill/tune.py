@@ -1,0 +1,273 @@
+"""`distill tune`: search over the options of a training command."""
+
+import csv
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from distill.errors import DistillError
+from distill.options import POSITIVE, RATE, say_loading
+
+logger = logging.getLogger(__name__)
+# Stage: where its command is, what trains with its options and gives a `Trained`, and what is searched.
+STAGES = {
+    "train-teacher": (
+        "distill.teacher.command",
+        "distill.teacher.training:tune_teacher",
+        {"learning-rate": "1e-5..1e-4", "batch-size": "16,32,64", "epochs": "2..5", "warmup-ratio": "0..0.2"},
+    ),
+    "train-student": (
+        "distill.student.command",
+        "distill.student.training:tune_student",
+        {
+            "learning-rate": "5e-5..1e-3",
+            "batch-size": "16,32,64",
+            "epochs": "3..10",
+            "warmup-ratio": "0..0.2",
+            "temperature": "1..4",
+            "alpha": "0.5..1.0",
+        },
+    ),
+}
+OWN: list[click.Parameter] = [
+    click.Option(["--trials"], type=POSITIVE, default=20, help="Trainings in all, other workers' too."),
+    click.Option(["--hours"], type=RATE, help="Begin no training after this time."),
+    click.Option(
+        ["--search"],
+        multiple=True,
+        metavar="OPTION=1e-5..1e-4",
+        help="Search an option over a range or a list (layers=2,3), besides or instead of the usual ones.",
+    ),
+    click.Option(["--storage"], help="Database that workers share [SQLite in the output folder]."),
+    click.Option(["--study"], help="Name in the database [the command's]."),
+    click.Option(["--output"], type=click.Path(path_type=Path), help="Folder to write [runs/tune/COMMAND]."),
+    click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
+]
+Rename = Callable[[str, dict[str, Any], click.Command], dict[str, Any]]
+NOT_TUNED = ("output", "overwrite", "resume", "as_json")
+
+
+class TuneGroup(click.Group):
+    """One command for each stage, made of the stage's own options."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The stages."""
+        return list(STAGES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Make it."""
+        if cmd_name not in STAGES:
+            return None
+        module, _, space = STAGES[cmd_name]
+        stage = getattr(import_module(module), cmd_name.replace("-", "_"))
+        searched = ", ".join(f"{name} {text}" for name, text in space.items())
+        return click.Command(
+            cmd_name,
+            params=[*OWN, *(one for one in stage.params if one.name not in NOT_TUNED)],
+            callback=lambda **options: _tune(cmd_name, **options),
+            help=f"Search over the options of `distill {cmd_name}`.\n\nSearched: {searched}. What is typed "
+            "stays as typed. The first training has today's settings: distill.toml's, or the defaults.",
+        )
+
+    def defaults(self, tables: dict[str, Any], rename: Rename) -> dict[str, Any]:
+        """Click's default_map out of distill.toml's [tune] and, by stage, out of the stage's own table."""
+        own = rename("tune", tables.get("tune", {}), click.Command("tune", params=OWN))
+        found = {}
+        for stage, (module, _, _) in STAGES.items():
+            command = getattr(import_module(module), stage.replace("-", "_"))
+            today = rename(stage, tables.get(stage, {}), command)
+            found[stage] = {**{key: value for key, value in today.items() if key not in NOT_TUNED}, **own}
+        return found
+
+
+@click.command(cls=TuneGroup)
+def tune() -> None:
+    """Search for better settings by training again and again, scored on validation text alone.
+
+    Poor trainings are stopped early. If any does better than today's settings, its own are written to
+    distill.toml. The same command goes on with a search that was stopped, and beside a search that runs it is
+    another worker.
+    """
+
+
+def _space(stage: str, wanted: tuple[str, ...], parameters: dict[str, click.Parameter]) -> dict[str, str]:
+    """What to search as text, by parameter; options that were typed are not searched."""
+    context = click.get_current_context()
+    asked = {}
+    for one in wanted:
+        name, equals, text = one.partition("=")
+        key = name.strip().lstrip("-").replace("-", "_")
+        if not equals or key not in parameters:
+            raise DistillError(f"--search {one}: give an option of {stage} and its values, as layers=2,3")
+        asked[key] = text
+    typed = {name for name in parameters if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    both = sorted(typed & asked.keys())
+    if both:
+        option = both[0].replace("_", "-")
+        raise DistillError(f"--search {option}: --{option} is given too; leave one of them out")
+    usual = {name.replace("-", "_"): text for name, text in STAGES[stage][2].items()}
+    space = {name: text for name, text in {**usual, **asked}.items() if name not in typed}
+    if not space:
+        raise DistillError(
+            f"tune {stage}: every option that is searched was typed; leave one out, or use --search"
+        )
+    return space
+
+
+def _tune(
+    stage: str,
+    trials: int,
+    hours: float | None,
+    search: tuple[str, ...],
+    storage: str | None,
+    study: str | None,
+    output: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    context = click.get_current_context()
+    parameters = {str(one.name): one for one in context.command.params if str(one.name) in options}
+    space = _space(stage, search, parameters)
+    if options.get("speedup") or options.get("latency_budget"):
+        raise DistillError(
+            "tune: --speedup and --latency-budget would measure at every trial; give --layers instead"
+        )
+    say_loading()
+
+    from distill import tuning
+
+    before = {name: options[name] for name in space if options[name] is not None}
+    fixed = {name: value for name, value in options.items() if name not in space}
+    distributions = _distributions(space, before, parameters)
+    folder = output or Path("runs", "tune", stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = tuning.open_study(
+        storage or f"sqlite:///{folder / 'study.db'}",
+        study or stage,
+        options["seed"],
+        before,
+        complete=len(before) == len(space),
+        fixed={**fixed, "search": space},
+    )
+    train = _trainer(stage, options, parameters)
+    found = tuning.search(opened, distributions, train, folder / "running", trials, hours and hours * 3600)
+    _write_report(opened, folder, stage, found)
+    if found.improved:
+        write_options(context.find_root().params["config"] or Path("distill.toml"), stage, found.best)
+    _show(found, stage, folder, as_json)
+
+
+def _distributions(
+    space: dict[str, str], before: dict[str, Any], parameters: dict[str, click.Parameter]
+) -> dict[str, Any]:
+    """Distributions of Optuna's for what to search; each has today's value in it."""
+    from distill.tuning import parse_space, with_value
+
+    found = {}
+    for name, text in space.items():
+        spelling = name.replace("_", "-")
+
+        def convert(value: str, parameter: click.Parameter = parameters[name], name: str = spelling) -> Any:
+            try:
+                return parameter.type.convert(value.strip(), parameter, None)
+            except click.UsageError as error:
+                raise DistillError(f"--search {name}: {error.format_message()}") from error
+
+        found[name] = parse_space(spelling, text, convert)
+        if name in before:
+            found[name] = with_value(found[name], before[name])
+    return found
+
+
+def _trainer(
+    stage: str, options: dict[str, Any], parameters: dict[str, click.Parameter]
+) -> Callable[[dict[str, Any], Path], float]:
+    """What trains the stage with a trial's values in a folder, and gives its score."""
+    module, function = STAGES[stage][1].split(":")
+    run = getattr(import_module(module), function)
+
+    def train(values: dict[str, Any], place: Path) -> float:
+        exact = {name: parameters[name].type.convert(value, None, None) for name, value in values.items()}
+        try:
+            return float(run(output=place, resume=True, **{**options, **exact}))
+        finally:
+            # What is said of data and checkpoint is the same in every trial.
+            if logging.getLogger("distill").level == logging.INFO:
+                logging.getLogger("distill").setLevel(logging.WARNING)
+                logging.getLogger("distill.tuning").setLevel(logging.INFO)
+
+    return train
+
+
+def write_options(path: Path, stage: str, values: dict[str, Any]) -> None:
+    """Write options into the stage's table of distill.toml; everything else in it stays as it is."""
+    import tomlkit
+
+    document = tomlkit.parse(path.read_text(encoding="utf-8")) if path.is_file() else tomlkit.document()
+    table = document.setdefault(stage, tomlkit.table())
+    for name, value in values.items():
+        spelling = name.replace("_", "-")
+        known = next((key for key in table if key.replace("_", "-") == spelling), spelling)
+        table[known] = value
+    path.write_text(tomlkit.dumps(document), encoding="utf-8")
+
+
+def _write_report(study: Any, folder: Path, stage: str, found: Any) -> None:
+    from distill.tuning import draw, short
+
+    draw(study, folder)
+    names = list(found.best)
+    with (folder / "trials.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["trial", "state", "macro_f1", *(name.replace("_", "-") for name in names)])
+        for trial in study.trials:
+            values = [trial.params.get(name, "") for name in names]
+            writer.writerow([trial.number + 1, trial.state.name.lower(), trial.value, *values])
+    pictures = [name for name in ("history.svg", "importance.svg") if (folder / name).is_file()]
+    lines = [
+        f"# Search over `distill {stage}`",
+        "",
+        _summary(found),
+        "",
+        "| option | best |",
+        "|---|---|",
+        *(f"| {name.replace('_', '-')} | {short(value)} |" for name, value in found.best.items()),
+        "",
+        *(f"![{name.removesuffix('.svg')}]({name})\n" for name in pictures),
+        "All trials: [trials.csv](trials.csv). Scores are macro-F1 on the validation split.",
+    ]
+    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _summary(found: Any) -> str:
+    stopped = f", {found.pruned} of them stopped early" if found.pruned else ""
+    if not found.improved:
+        return (
+            f"Today's settings stand: macro-F1 {found.before:.4f} on validation, and none of {found.trials} "
+            f"trials was better{stopped}."
+        )
+    before = f", {found.before:.4f} with the settings until now" if found.before is not None else ""
+    return (
+        f"Best of {found.trials} trials{stopped}: macro-F1 {found.score:.4f} on validation{before}. "
+        "The best of many flatters itself: expect less on new text."
+    )
+
+
+def _show(found: Any, stage: str, folder: Path, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({**asdict(found), "improved": found.improved}))
+        return
+    click.echo(_summary(found))
+    if found.improved:
+        from distill.tuning import short
+
+        values = ", ".join(f"{name.replace('_', '-')} {short(value)}" for name, value in found.best.items())
+        click.echo(f"distill.toml: [{stage}] {values}")
+    click.echo(f"{folder / 'report.md'}: all trials, their history and what mattered")

@@ -1,0 +1,256 @@
+"""Search over a stage's options: Optuna's trials, each a training that is scored on validation text alone."""
+
+import hashlib
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.study import MaxTrialsCallback
+from optuna.trial import FrozenTrial, TrialState
+
+from distill.callbacks import watched
+from distill.errors import DistillError
+
+logger = logging.getLogger(__name__)
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+HEARTBEAT = 60  # seconds; a worker that is silent for twice that is taken for dead
+RETRIES = 3
+Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+WIDE = 10  # a range whose ends are this many times apart is searched by its logarithm
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search found; scores are macro-F1 on validation, options by their names in Python."""
+
+    best: dict[str, Any]
+    score: float
+    before: float | None
+    """With today's settings; None where these say nothing of what was searched."""
+    trials: int
+    pruned: int
+
+    @property
+    def improved(self) -> bool:
+        """Whether anything was better than today's settings."""
+        return self.before is None or self.score > self.before
+
+
+def parse_space(name: str, text: str, convert: Callable[[str], Any]) -> Distribution:
+    """Turn "1e-5..1e-4", "1..5" or "16,32,64" into a distribution.
+
+    A range of integers gives integers, another one real numbers; by their logarithm where it is wide.
+
+    Raises:
+        DistillError: naming the option, if the text is neither a range nor a list, or holds a wrong value.
+    """
+    low, dots, high = text.partition("..")
+    if not dots:
+        values = [convert(part.strip()) for part in text.split(",")]
+        if len(values) < 2:
+            raise DistillError(f"--search {name}={text}: one value; give a range as 1..5, or a list as 1,2,5")
+        return CategoricalDistribution(values)
+    first, last = convert(low), convert(high)
+    if not first < last:
+        raise DistillError(f"--search {name}={text}: a range runs from a smaller number to a larger one")
+    wide = bool(first > 0 and last / first >= WIDE)
+    if low.strip().isdigit() and high.strip().isdigit():
+        return IntDistribution(int(low), int(high), log=wide)
+    return FloatDistribution(float(first), float(last), log=wide)
+
+
+def open_study(
+    storage: str, name: str, seed: int, before: dict[str, Any], complete: bool, fixed: dict[str, Any]
+) -> Any:
+    """Open a study, or make it, with today's settings as its first trial.
+
+    Args:
+        storage: a database's URL, shared by all workers.
+        name: of the study.
+        seed: of the search, where this worker makes the study; others must not repeat its draws.
+        before: today's values of what is searched.
+        complete: whether it says so of everything.
+        fixed: all other options, which every worker must have alike.
+
+    Raises:
+        DistillError: if the storage cannot be opened, or the study has other options.
+    """
+    from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    try:
+        shared = RDBStorage(
+            storage,
+            engine_kwargs={"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else None,
+            heartbeat_interval=HEARTBEAT,
+            failed_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
+        )
+        study = optuna.create_study(
+            storage=shared,
+            study_name=name,
+            direction="maximize",
+            pruner=optuna.pruners.HyperbandPruner(),
+            load_if_exists=True,
+        )
+    except Exception as error:  # database drivers raise many kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DistillError(f"--storage {storage}: cannot be opened: {reason}") from error
+    fingerprint = json.dumps(fixed, sort_keys=True, default=str)
+    earlier = study.user_attrs.get("options")
+    if earlier is None:
+        study.set_user_attr("options", fingerprint)
+        study.enqueue_trial(before, user_attrs={"before": complete})
+    elif earlier != fingerprint:
+        was, now = json.loads(earlier), json.loads(fingerprint)
+        name = next(key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key))
+        raise DistillError(
+            f"--storage {storage}: its study has {name.replace('_', '-')} {was.get(name)}, and now it is "
+            f"{now.get(name)}; give it as it was, or another --study or --output"
+        )
+    study.sampler = optuna.samplers.TPESampler(
+        seed=seed if earlier is None else None, multivariate=True, constant_liar=True
+    )
+    return study
+
+
+def search(
+    study: Any,
+    space: dict[str, Distribution],
+    train: Callable[[dict[str, Any], Path], float],
+    folder: Path,
+    trials: int,
+    seconds: float | None,
+) -> Tuned:
+    """Run trials until the study has enough of them; workers and earlier runs count.
+
+    Args:
+        study: of `open_study`.
+        space: what to search, by option.
+        train: trains with the values of a trial, in a folder, and gives the best macro-F1 on validation.
+        folder: for the folders of running trials.
+        trials: how many the study is to have.
+        seconds: when to begin no more trials.
+
+    Raises:
+        DistillError: if no trial could be finished.
+    """
+
+    def objective(trial: Any) -> float:
+        values = {name: _draw_value(trial, name, distribution) for name, distribution in space.items()}
+        shown = ", ".join(f"{name.replace('_', '-')} {short(value)}" for name, value in values.items())
+        logger.info("Trial %d of %d: %s", trial.number + 1, trials, shown)
+        # A trial that was killed is tried again with the same values, and finds its checkpoints.
+        place = folder / hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:12]
+        interrupted = False
+        try:
+            with _pruning(trial):
+                return train(values, place / "run")
+        except KeyboardInterrupt:
+            study.enqueue_trial(values, user_attrs=trial.user_attrs)
+            interrupted = True
+            raise
+        except RuntimeError as error:
+            logger.warning("Trial %d: failed: %s", trial.number + 1, " ".join(str(error).split())[:200])
+            raise
+        finally:
+            if not interrupted:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def finished(study: Any, trial: FrozenTrial) -> None:
+        if trial.state == TrialState.PRUNED:
+            logger.info("Trial %d: stopped early, macro-F1 %.4f", trial.number + 1, trial.value or 0)
+        elif trial.state == TrialState.COMPLETE:
+            best = max(one.value for one in study.get_trials(False, (TrialState.COMPLETE,)))
+            logger.info("Trial %d: validation macro-F1 %.4f (best %.4f)", trial.number + 1, trial.value, best)
+
+    enough = MaxTrialsCallback(trials, states=DONE)
+    if len(study.get_trials(False, DONE)) < trials:
+        study.optimize(objective, timeout=seconds, callbacks=[finished, enough], catch=(RuntimeError,))
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not complete:
+        raise DistillError("no trial was finished: the lines above say why")
+    best = max(complete, key=lambda one: (one.value, -one.number))
+    return Tuned(
+        best=dict(best.params),
+        score=float(best.value),
+        before=max((float(one.value) for one in complete if one.user_attrs.get("before")), default=None),
+        trials=len(study.get_trials(False, DONE)),
+        pruned=len(study.get_trials(False, (TrialState.PRUNED,))),
+    )
+
+
+def _draw_value(trial: Any, name: str, distribution: Distribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    suggest = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
+    return suggest(name, distribution.low, distribution.high, log=distribution.log)
+
+
+def with_value(distribution: Distribution, value: Any) -> Distribution:
+    """The distribution, widened where today's value lies outside."""
+    if isinstance(distribution, CategoricalDistribution):
+        return CategoricalDistribution(list(dict.fromkeys((*distribution.choices, value))))
+    if isinstance(distribution, IntDistribution) and value != int(value):
+        distribution = FloatDistribution(distribution.low, distribution.high, log=distribution.log)
+    low, high = min(distribution.low, value), max(distribution.high, value)
+    if isinstance(distribution, IntDistribution):
+        return IntDistribution(int(low), int(high), log=distribution.log and low > 0)
+    return FloatDistribution(low, high, log=distribution.log and low > 0)
+
+
+def short(value: Any) -> str:
+    """A value as one reads it."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def _pruning(trial: Any) -> Iterator[None]:
+    """Within it, a training tells the trial its score at every evaluation, and stops if the trial is poor."""
+
+    def told(epoch: float, score: float) -> None:
+        step = round(epoch)
+        trial.report(score, step)
+        # Today's settings are what all is held against, so they are never cut short.
+        if not trial.user_attrs.get("before") and trial.should_prune():
+            raise optuna.TrialPruned
+
+    with watched(told):
+        yield
+
+
+def draw(study: Any, folder: Path) -> None:
+    """Write history.svg and importance.svg, the latter where enough trials say anything about it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from optuna.importance import get_param_importances
+
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    numbers, scores = [one.number + 1 for one in complete], [one.value for one in complete]
+    axes.plot(numbers, scores, "o", color="#4477aa", label="a trial")
+    best = [max(scores[: index + 1]) for index in range(len(scores))]
+    axes.step(numbers, best, where="post", color="#ee6677", label="best so far")
+    axes.set(xlabel="trial", ylabel="macro-F1 on validation")
+    axes.legend(frameon=False)
+    figure.savefig(folder / "history.svg")
+    pyplot.close(figure)
+    if len(complete) < 4 or len(set(scores)) < 2:
+        return
+    shares = get_param_importances(study)
+    figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.4 * len(shares)), layout="constrained")
+    names = [name.replace("_", "-") for name in shares][::-1]
+    axes.barh(names, list(shares.values())[::-1], color="#4477aa")
+    axes.set(xlabel="share of the differences between trials")
+    figure.savefig(folder / "importance.svg")
+    pyplot.close(figure)

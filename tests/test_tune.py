@@ -1,0 +1,244 @@
+import csv
+import json
+import time
+from pathlib import Path
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from distill import tune as command
+from distill import tuning
+from distill.artifact import read_manifest
+from distill.errors import DistillError
+from distill.tuning import open_study, parse_space, search, with_value
+
+SPACE = {"rate": FloatDistribution(0.0, 1.0), "size": IntDistribution(1, 9)}
+BEFORE = {"rate": 0.5, "size": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "convert", "expected"),
+    [
+        ("1e-5..1e-4", float, FloatDistribution(1e-5, 1e-4, log=True)),
+        ("0..0.2", float, FloatDistribution(0, 0.2)),
+        ("2..5", float, IntDistribution(2, 5)),
+        ("8..128", int, IntDistribution(8, 128, log=True)),
+        ("16, 32,64", int, CategoricalDistribution([16, 32, 64])),
+        ("linear,cosine", str, CategoricalDistribution(["linear", "cosine"])),
+    ],
+)
+def test_a_range_and_a_list_are_read(text, convert, expected):
+    assert parse_space("x", text, convert) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("5..1", "smaller number"), ("3..3", "smaller number"), ("7", "one value")]
+)
+def test_a_wrong_range_is_refused(text, reason):
+    with pytest.raises(DistillError, match=reason):
+        parse_space("layers", text, int)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "value", "expected"),
+    [
+        (FloatDistribution(1e-5, 1e-4, log=True), 1e-3, FloatDistribution(1e-5, 1e-3, log=True)),
+        (FloatDistribution(1e-5, 1e-4, log=True), 0.0, FloatDistribution(0.0, 1e-4)),
+        (IntDistribution(2, 5), 6.0, IntDistribution(2, 6)),
+        (IntDistribution(2, 5), 2.5, FloatDistribution(2, 5)),
+        (CategoricalDistribution([16, 32]), 20, CategoricalDistribution([16, 32, 20])),
+    ],
+)
+def test_todays_value_is_part_of_what_is_searched(distribution, value, expected):
+    assert with_value(distribution, value) == expected
+
+
+def _study(tmp_path, **fixed):
+    return open_study(f"sqlite:///{tmp_path}/study.db", "s", 1, BEFORE, complete=True, fixed=fixed)
+
+
+def _search(study, tmp_path, train, trials):
+    return search(study, SPACE, train, tmp_path / "running", trials, None)
+
+
+def test_the_first_trial_has_todays_settings_and_the_best_wins(tmp_path):
+    seen = []
+
+    def train(values, place):
+        seen.append(values)
+        return 1 - abs(values["rate"] - 0.8)
+
+    found = _search(_study(tmp_path), tmp_path, train, 12)
+    assert seen[0] == BEFORE and len(seen) == found.trials == 12
+    assert found.before == pytest.approx(0.7) and found.improved
+    assert found.score == pytest.approx(max(1 - abs(values["rate"] - 0.8) for values in seen))
+    assert found.best in seen
+
+
+def test_todays_settings_stand_where_nothing_is_better(tmp_path):
+    found = _search(_study(tmp_path), tmp_path, lambda values, place: float(values == BEFORE), 4)
+    assert not found.improved and found.best == BEFORE
+
+
+def test_a_search_goes_on_where_it_stopped_and_counts_earlier_trials(tmp_path):
+    calls = []
+    train = lambda values, place: calls.append(values) or 0.5  # noqa: E731
+    _search(_study(tmp_path), tmp_path, train, 3)
+    assert _search(_study(tmp_path), tmp_path, train, 5).trials == 5
+    assert _search(_study(tmp_path), tmp_path, train, 5).trials == 5
+    assert len(calls) == 5 and len({json.dumps(one) for one in calls}) == 5
+
+
+def test_an_interrupted_trial_is_tried_again_in_its_own_folder(tmp_path):
+    places = []
+
+    def train(values, place):
+        places.append((values, place))
+        if len(places) == 2:
+            place.mkdir(parents=True)
+            raise KeyboardInterrupt
+        return 0.5
+
+    with pytest.raises(KeyboardInterrupt):
+        _search(_study(tmp_path), tmp_path, train, 3)
+    assert places[1][1].is_dir()
+    assert _search(_study(tmp_path), tmp_path, train, 3).trials == 3
+    assert places[2] == places[1]
+    assert not places[1][1].exists()
+
+
+def test_a_trial_whose_worker_was_killed_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "HEARTBEAT", 1)
+    study = _study(tmp_path)
+    killed = study.ask(SPACE)
+    study._storage.record_heartbeat(killed._trial_id)
+    time.sleep(2.5)
+    seen = []
+    found = _search(_study(tmp_path), tmp_path, lambda values, place: seen.append(values) or 0.5, 3)
+    assert found.trials == 3 and killed.params in seen
+
+
+def test_a_poor_trial_is_stopped_and_todays_settings_never_are(tmp_path):
+    from types import SimpleNamespace
+
+    from distill.callbacks import Watch
+
+    ended = []
+
+    def train(values, place):
+        score = 0.1 if values == BEFORE else values["rate"]
+        for epoch in range(1, 28):
+            Watch().on_evaluate(None, SimpleNamespace(epoch=epoch), None, {"eval_macro_f1": score})
+        ended.append(values)
+        return score
+
+    found = _search(_study(tmp_path), tmp_path, train, 25)
+    assert found.pruned > 0 and len(ended) + found.pruned == 25 and BEFORE in ended
+
+
+def test_a_trial_that_fails_is_told_and_the_search_goes_on(tmp_path, caplog):
+    def train(values, place):
+        if values == BEFORE:
+            raise RuntimeError("out of memory")
+        return 0.5
+
+    found = _search(_study(tmp_path), tmp_path, train, 2)
+    assert found.before is None and "out of memory" in caplog.text
+    with pytest.raises(DistillError, match="no trial was finished"):
+        _search(open_study(f"sqlite:///{tmp_path}/b.db", "s", 1, BEFORE, True, {}), tmp_path, _failing(), 2)
+
+
+def _failing():
+    left = iter([RuntimeError("broken"), KeyboardInterrupt()])
+
+    def train(values, place):
+        error = next(left)
+        if isinstance(error, KeyboardInterrupt):
+            raise DistillError("no trial was finished: enough")
+        raise error
+
+    return train
+
+
+def test_a_worker_with_other_options_is_refused(tmp_path):
+    _study(tmp_path, data="a.csv", batch_size=8)
+    with pytest.raises(DistillError, match=r"its study has batch-size 8, and now it is 16"):
+        _study(tmp_path, data="a.csv", batch_size=16)
+
+
+def test_a_storage_that_cannot_be_opened_is_one_line(tmp_path):
+    with pytest.raises(DistillError, match="--storage sqlite:"):
+        open_study(f"sqlite:///{tmp_path}/none/study.db", "s", 1, BEFORE, True, {})
+
+
+def test_the_rest_of_distill_toml_stays_as_it_is(tmp_path):
+    path = tmp_path / "distill.toml"
+    path.write_text(
+        "# ours\n[train-student]\nlayers = 3  # enough\nlearning_rate = 1e-4\n\n[export]\nint8 = true\n"
+    )
+    command.write_options(path, "train-student", {"learning_rate": 3e-4, "batch_size": 16})
+    assert path.read_text() == (
+        "# ours\n[train-student]\nlayers = 3  # enough\nlearning_rate = 0.0003\nbatch-size = 16\n\n[export]\nint8 = true\n"
+    )
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_what_cannot_be_searched_is_refused_in_one_line(run, here, chain):
+    base = ("tune", "train-student", "--teacher", str(chain.teacher))
+    for more, reason in {
+        ("--search", "layer=2,3"): "--search layer=2,3: give an option of train-student",
+        ("--search", "layers=2,x"): "'x' is not a valid integer",
+        ("--search", "layers=2..3", "--layers", "2"): "--layers is given too",
+        ("--speedup", "100"): "give --layers",
+    }.items():
+        result = run(*base, *more)
+        assert result.exit_code == 1 and reason in result.stderr, result.stderr
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_a_teacher_is_tuned_on_validation_alone_and_train_teacher_takes_what_was_found(
+    run, here, data_file, checkpoint, monkeypatch
+):
+    from distill.teacher import training
+
+    Path("distill.toml").write_text(
+        '[train-teacher]\nlearning-rate = 1e-6\nprecision = "fp32"\n[tune]\ntrials = 3\n'
+    )
+    monkeypatch.setattr(training, "predict_logits", None)  # would be called for the test split
+    base = ("--data", str(data_file), "--model", str(checkpoint), "--epochs", "2")
+    search = ("--search", "learning-rate=1e-3..5e-3", "--search", "batch-size=8,16")
+    result = run("tune", "train-teacher", *base, *search, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["trials"] == 3 and found["improved"] and "epochs" not in found["best"]
+    rows = list(csv.DictReader(Path("runs/tune/train-teacher/trials.csv").read_text().splitlines()))
+    assert float(rows[0]["learning-rate"]) == 1e-6 and len(rows) == 3
+    assert "history.svg" in Path("runs/tune/train-teacher/report.md").read_text()
+    assert not Path("runs/tune/train-teacher/running").exists() or not any(
+        Path("runs/tune/train-teacher/running").iterdir()
+    )
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    result = run("train-teacher", *base)
+    assert result.exit_code == 0, result.stderr
+    manifest = read_manifest(Path("runs/teacher"), "train-teacher")
+    assert manifest.options["learning_rate"] == pytest.approx(found["best"]["learning_rate"])
+    assert manifest.options["batch_size"] == found["best"]["batch_size"]
+    assert manifest.metrics["validation"]["macro_f1"] == pytest.approx(found["score"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_student_is_tuned(run, here, chain):
+    result = run(
+        "tune", "train-student", "--teacher", str(chain.teacher), "--student", str(chain.checkpoint),
+        "--trials", "2", "--max-steps", "4", "--search", "layers=1,2", "--precision", "fp32",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "Best of 2 trials" in result.stdout and Path("distill.toml").is_file()
+    assert "temperature" in Path("runs/tune/train-student/trials.csv").read_text()
