@@ -4,10 +4,13 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from distill.errors import DistillError
 
 if TYPE_CHECKING:
     from distill.artifact import Manifest
@@ -56,6 +59,13 @@ def output_options(default: str) -> Callable[[Callable], Callable]:
         )
 
     return decorate
+
+
+def _installed(context: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if find_spec(name) is None:
+            raise DistillError(f"--report-to {name}: needs the package {name}: pip install {name}")
+    return names
 
 
 def training_options(epochs: float, learning_rate: float) -> Callable[[Callable], Callable]:
@@ -117,6 +127,13 @@ def training_options(epochs: float, learning_rate: float) -> Callable[[Callable]
                     help="auto: the fastest that the device computes natively.",
                 ),
                 click.option("--seed", type=SEED, default=42, help="Of splits, heads and order."),
+                click.option(
+                    "--report-to",
+                    type=click.Choice(["tensorboard", "mlflow", "wandb"]),
+                    multiple=True,
+                    callback=_installed,
+                    help="Also tell a tracker of loss and scores; its package must be installed.",
+                ),
                 click.option("--resume", is_flag=True, help="Go on from the last checkpoint."),
             ],
         )

@@ -1,8 +1,9 @@
 """What teacher and student training share: the `Trainer`, its arguments and its options."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,15 @@ class TrainingOptions:
     device: str = "auto"
     precision: str = "auto"
     seed: int = 42
+    report_to: tuple[str, ...] = ()
+    """Trackers that the Trainer tells about loss and scores: tensorboard, mlflow, wandb."""
     resume: bool = False
     overwrite: bool = False
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the result, by name."""
+        beside = ("report_to", "resume", "overwrite")
+        return {name: value for name, value in asdict(self).items() if name not in beside}
 
     @property
     def checkpoints(self) -> Path:
@@ -147,8 +155,11 @@ def _arguments(options: TrainingOptions, precision: str, device: str) -> Trainin
         dataloader_pin_memory=device == "cuda",
         seed=options.seed,
         disable_tqdm=True,
-        logging_strategy="no",
-        report_to=[],
+        logging_strategy="steps" if options.report_to else "no",
+        logging_steps=10,
+        logging_dir=str(options.output.parent / "logs" / options.output.name),
+        run_name=options.output.name,
+        report_to=list(options.report_to),
     )
 
 
@@ -273,6 +284,8 @@ def fit(
     """
     device = choose_device(options.device)
     precision = choose_precision(device, options.precision)
+    os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", "distill")
+    os.environ.setdefault("WANDB_PROJECT", "distill")
     set_seed(options.seed)
     classes = model.config.num_labels
     if options.freeze_embeddings:

@@ -122,7 +122,7 @@ def _fit(options: StudentOptions) -> _Fitted:
     columns = Columns(options.text_column or data.columns.text, data.columns.text_pair)
     held_out = {text_id for split in EVALUATED for text_id in data.splits[split]["id"]}
     unlabeled = [unlabeled_text(options.unlabeled, columns, held_out)] if options.unlabeled else []
-    recipe: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in ("resume", "overwrite")}
+    recipe = options.recipe()
     corpus = concatenate_datasets([data.splits["train"].remove_columns("label"), *unlabeled])
     budget = budget_of(options.augment, len(data.splits["train"])) if options.augment else 0
     model, tokenizer = _build(options, teacher, texts_of(data.splits["validation"]))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def _fit(options: TeacherOptions) -> _Fitted:
     if options.qlora:
         check_four_bits()
     choose_precision(choose_device(options.device), options.precision)
-    recipe: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in ("resume", "overwrite")}
+    recipe = options.recipe()
     data = load_data(options.data, options.columns, options.seed)
     tokenizer = load_tokenizer(options.model, options.max_length)
     set_seed(options.seed)  # a new head is drawn at random

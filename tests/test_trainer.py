@@ -4,7 +4,8 @@ import transformers
 from conftest import make_configs, make_tokenizer
 from datasets import Dataset
 
-from distill.trainer import LossTrainer, is_new, tokenize
+from distill import options as options_module
+from distill.trainer import LossTrainer, TrainingOptions, _arguments, is_new, tokenize
 
 FAMILIES = make_configs(layers=2)
 
@@ -49,3 +50,17 @@ def test_rows_in_a_file_are_memory_mapped_and_tokenized_once(tmp_path):
     again = tokenize(rows, None, file)
     assert again[:] == first[:] == tokenize(rows, make_tokenizer())[:]
     assert first["teacher_logits"][:] == [[0.5, 1.5], [2.5, 3.5]]
+
+
+def test_a_tracker_is_told_through_the_trainer_and_is_no_part_of_the_recipe(tmp_path):
+    options = TrainingOptions(output=tmp_path / "runs" / "t", report_to=("tensorboard",))
+    arguments = _arguments(options, "fp32", "cpu")
+    assert arguments.report_to == ["tensorboard"] and arguments.logging_strategy == "steps"
+    assert arguments.logging_dir == str(tmp_path / "runs" / "logs" / "t")
+    assert options.recipe() == TrainingOptions(output=options.output, resume=True).recipe()
+
+
+def test_a_tracker_that_is_not_installed_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(options_module, "find_spec", lambda name: None)
+    result = run("train-teacher", "--data", "x.csv", "--model", "m", "--report-to", "wandb")
+    assert result.exit_code == 1 and "pip install wandb" in result.stderr
