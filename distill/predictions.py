@@ -11,6 +11,7 @@ from distill.errors import DistillError
 
 FILE = "predictions.parquet"
 EVALUATED = ("validation", "test")
+UNSEEN = "out_of_fold"  # of a teacher's folder: what others like it say of training text they have not seen
 
 
 @dataclass(frozen=True)

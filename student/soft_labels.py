@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from distill.artifact import Manifest, manifest_hash
 from distill.models import choose_device, choose_precision, load_model, load_tokenizer
+from distill.predictions import UNSEEN, read_predictions
 from distill.trainer import predict_logits
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,17 @@ def _read(folder: Path, classes: int) -> tuple[NDArray[np.str_], NDArray[np.floa
     table = pyarrow.concat_tables(parts)
     logits = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, classes)
     return np.asarray(table["id"].to_pylist(), dtype="<U16"), logits
+
+
+def _labelled(teacher: Path, folder: Path, classes: int) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
+    """All that is labelled already: training text out of fold, where the teacher has folds; then the rest."""
+    known, logits = _read(folder, classes)
+    unseen = read_predictions(teacher, "train").get(UNSEEN)
+    if unseen is None:
+        return known, logits
+    ids = np.asarray(unseen.ids, dtype="<U16")
+    others = ~np.isin(known, ids)
+    return np.concatenate([ids, known[others]]), np.concatenate([unseen.logits, logits[others]])
 
 
 def _write(folder: Path, ids: NDArray[np.str_], logits: NDArray[np.float32]) -> None:
@@ -61,7 +73,7 @@ def teacher_logits(
     folder = teacher.parent / "soft_labels" / manifest_hash(teacher)[:16]
     classes = len(manifest.labels)
     wanted = np.asarray(dataset["id"], dtype="<U16")
-    known, logits = _read(folder, classes)
+    known, logits = _labelled(teacher, folder, classes)
     _, first = np.unique(wanted, return_index=True)
     missing = np.sort(first[~np.isin(wanted[first], known)])
     logger.info("Soft labels: %d texts known, %d to compute", len(first) - len(missing), len(missing))
@@ -81,6 +93,6 @@ def teacher_logits(
             done = start + len(rows)
             left = (time.monotonic() - started) / done * (len(missing) - done)
             logger.info("Soft labels: %d of %d, %d s left", done, len(missing), left)
-        known, logits = _read(folder, classes)
+        known, logits = _labelled(teacher, folder, classes)
     order = np.argsort(known, kind="stable")
     return logits[order[np.searchsorted(known, wanted, sorter=order)]]

@@ -23,6 +23,18 @@ from distill.options import (
 @click.option(
     "--label-smoothing", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Label smoothing."
 )
+@click.option(
+    "--focal-gamma",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Focal loss with this exponent, which turns from texts that are already right; 0: cross-entropy.",
+)
+@click.option(
+    "--folds",
+    type=click.IntRange(min=2),
+    help="Also train this many teachers, each to label, for students, the part of the training text that it "
+    "has not seen; and cross-validate.",
+)
 @click.option("--lora", is_flag=True, help="Train adapters beside frozen weights, and merge them.")
 @click.option("--qlora", is_flag=True, help="The same, with the frozen weights in 4 bits.")
 @click.option("--lora-rank", type=POSITIVE, default=16, help="Rank of the adapters.")

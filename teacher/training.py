@@ -1,25 +1,27 @@
 """Fine-tune a sequence-classification checkpoint on labelled text."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from distill.teacher.adapters import add_adapters, check_four_bits, in_four_bits, merge_adapters
+from distill.teacher.folds import discard_folds, out_of_fold
+from numpy.typing import NDArray
 from torch.nn import functional as F
 from transformers import set_seed
 
 from distill.artifact import Manifest, publish
-from distill.checkpoints import discard_checkpoints, prepare_checkpoints
+from distill.checkpoints import discard_checkpoints, prepare_checkpoints, refuse_unfinished
 from distill.data import Data, load_data
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
-from distill.predictions import EVALUATED, write_predictions
+from distill.predictions import EVALUATED, UNSEEN, write_predictions
 from distill.sources import Columns
 from distill.trainer import Trained, TrainingOptions, fit, predict_logits, tokenize
 
@@ -34,6 +36,10 @@ class TeacherOptions(TrainingOptions):
     columns: Columns = field(default_factory=Columns)
     class_weights: bool = False
     label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
+    """Exponent of the focal loss; 0 is cross-entropy."""
+    folds: int | None = None
+    """Teachers trained besides, each to label the part of the training text that it has not seen."""
     lora: bool = False
     """Train adapters and the head; the rest stays as it is."""
     qlora: bool = False
@@ -48,14 +54,28 @@ def balanced_weights(labels: np.ndarray, classes: int) -> torch.Tensor:
     return torch.tensor(weights, dtype=torch.float32)
 
 
-def _loss(
-    weights: torch.Tensor | None, smoothing: float
-) -> Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]:
-    def cross_entropy(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        weight = weights.to(logits.device) if weights is not None else None
-        return F.cross_entropy(logits, batch["labels"], weight=weight, label_smoothing=smoothing)
+def focal_loss(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, smoothing: float, gamma: float
+) -> torch.Tensor:
+    """(1 - p)^gamma times cross-entropy, p the label's probability: Lin et al. (2017), arXiv 1708.02002, (5).
 
-    return cross_entropy
+    Args:
+        logits: shape (batch, classes).
+        labels: shape (batch,).
+        weights: of the classes, shape (classes,), or None.
+        smoothing: label smoothing.
+        gamma: how much less a text counts that is already right; 0 gives cross-entropy.
+
+    Returns:
+        A scalar: the mean, weighted as PyTorch's cross-entropy is.
+    """
+    weights = weights.to(logits.device) if weights is not None else None
+    if not gamma:
+        return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
+    each = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing, reduction="none")
+    probability = torch.softmax(logits, dim=-1).gather(-1, labels[:, None])[:, 0]
+    total = weights[labels].sum() if weights is not None else len(labels)
+    return ((1 - probability) ** gamma * each).sum() / total
 
 
 def _build(options: TeacherOptions, labels: list[str]) -> Any:
@@ -74,41 +94,48 @@ def teacher_options(
 
 def tune_teacher(**options: Any) -> float:
     """Train with options as the command line has them; macro-F1 on validation, and nothing is published."""
-    return _fit(teacher_options(**options)).trained.score
+    checked = teacher_options(**options)
+    return _fit(checked, load_data(checked.data, checked.columns, checked.seed))[0].score
 
 
-@dataclass
-class _Fitted:
-    data: Data
-    tokenizer: Any
-    trained: Trained
-    recipe: dict[str, Any]
-
-
-def _fit(options: TeacherOptions) -> _Fitted:
-    """Check everything, then train; the test split is not looked at."""
-    if not 0 <= options.label_smoothing < 1:
-        raise DistillError(f"--label-smoothing {options.label_smoothing}: must be at least 0 and below 1")
-    if options.qlora:
-        check_four_bits()
-    choose_precision(choose_device(options.device), options.precision)
-    recipe = options.recipe()
-    data = load_data(options.data, options.columns, options.seed)
+def _fit(options: TeacherOptions, data: Data) -> tuple[Trained, Any]:
+    """Train on data; the test split is not looked at. The model, merged, and its tokenizer."""
     tokenizer = load_tokenizer(options.model, options.max_length)
     set_seed(options.seed)  # a new head is drawn at random
     model = _build(options, data.labels)
     resume_from = prepare_checkpoints(
-        options, {**recipe, "data_fingerprint": data.fingerprint}, "train-teacher"
+        options, {**options.recipe(), "data_fingerprint": data.fingerprint}, "train-teacher"
     )
-
     train = tokenize(data.splits["train"], tokenizer)
     weights = (
         balanced_weights(np.asarray(train["label"]), len(data.labels)) if options.class_weights else None
     )
     validation = tokenize(data.splits["validation"], tokenizer)
-    loss = _loss(weights, options.label_smoothing)
+
+    def loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return focal_loss(logits, batch["labels"], weights, options.label_smoothing, options.focal_gamma)
+
     trained = fit(model, tokenizer, train, validation, options, loss, "Teacher", resume_from)
-    return _Fitted(data, tokenizer, trained, recipe)
+    if options.lora or options.qlora:
+        trained = replace(trained, model=merge_adapters(trained.model))
+    return trained, tokenizer
+
+
+def _fold(options: TeacherOptions, data: Data, held_out: Dataset) -> NDArray[np.float32]:
+    """Train a teacher on a part of the training text; logits of the rest."""
+    trained, tokenizer = _fit(options, data)
+    logits = predict_logits(trained.model, tokenizer, held_out, trained.device, trained.precision)
+    discard_checkpoints(options)
+    return logits
+
+
+def _check(options: TeacherOptions) -> None:
+    if not 0 <= options.label_smoothing < 1:
+        raise DistillError(f"--label-smoothing {options.label_smoothing}: must be at least 0 and below 1")
+    if options.qlora:
+        check_four_bits()
+    choose_precision(choose_device(options.device), options.precision)
+    refuse_unfinished(options, "train-teacher")
 
 
 def train_teacher(options: TeacherOptions) -> Manifest:
@@ -121,33 +148,39 @@ def train_teacher(options: TeacherOptions) -> Manifest:
         DistillError: for anything wrong with data, checkpoint or options, before training starts.
     """
     started = time.monotonic()
-    fitted = _fit(options)
-    data, tokenizer, trained = fitted.data, fitted.tokenizer, fitted.trained
-    model = merge_adapters(trained.model) if options.lora or options.qlora else trained.model
+    _check(options)
+    data = load_data(options.data, options.columns, options.seed)
+    unseen, details = {}, {}
+    if options.folds:
+        unseen["train"], scores = out_of_fold(data, options.folds, options, _fold)
+        details["fold_macro_f1"] = scores
+    trained, tokenizer = _fit(options, data)
     logits = {
-        split: predict_logits(model, tokenizer, data.splits[split], trained.device, trained.precision)
+        split: predict_logits(trained.model, tokenizer, data.splits[split], trained.device, trained.precision)
         for split in EVALUATED
     }
-    scores = {
+    results = {
         s: score(np.asarray(data.splits[s]["label"]), logits[s].argmax(1), len(data.labels))
         for s in EVALUATED
     }
     manifest = Manifest(
         stage="train-teacher",
         labels=data.labels,
-        options={k: str(v) if isinstance(v, Path) else v for k, v in fitted.recipe.items()},
+        options={k: str(v) if isinstance(v, Path) else v for k, v in options.recipe().items()},
         seed=options.seed,
         data=data.manifest(),
-        metrics={split: value.summary() for split, value in scores.items()},
+        metrics={split: value.summary() for split, value in results.items()},
         max_length=tokenizer.model_max_length,
-        parameters=count_parameters(model),
+        parameters=count_parameters(trained.model),
         device=trained.device,
         precision=trained.precision,
         wall_seconds=round(time.monotonic() - started, 1),
+        details=details,
     )
     with publish(options.output, manifest, options.overwrite) as folder:
-        model.to("cpu").save_pretrained(folder, safe_serialization=True)
+        trained.model.to("cpu").save_pretrained(folder, safe_serialization=True)
         tokenizer.save_pretrained(folder)
-        write_predictions(folder, data.splits, {"teacher": logits})
+        write_predictions(folder, data.splits, {"teacher": logits, UNSEEN: unseen})
+    discard_folds(options)
     discard_checkpoints(options)
     return manifest

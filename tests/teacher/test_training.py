@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from distill.teacher.training import TeacherOptions, _loss, balanced_weights, train_teacher
+from distill.teacher.training import TeacherOptions, balanced_weights, focal_loss, train_teacher
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 from transformers import TrainingArguments
@@ -33,7 +33,19 @@ def test_the_loss_is_torchs_weighted_and_smoothed_cross_entropy():
     logits, labels = torch.randn(20, 3), torch.tensor(LABELS)
     weights = balanced_weights(LABELS, 3)
     expected = F.cross_entropy(logits, labels, weight=weights, label_smoothing=0.1)
-    torch.testing.assert_close(_loss(weights, 0.1)(logits, {"labels": labels}), expected)
+    torch.testing.assert_close(focal_loss(logits, labels, weights, 0.1, 0.0), expected)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_focal_loss_is_its_papers_and_differentiable(weighted):
+    logits = torch.randn(20, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor(LABELS)
+    weights = balanced_weights(LABELS, 3).double() if weighted else None
+    probability = torch.softmax(logits, dim=1)[range(20), labels]
+    share = weights[labels] if weighted else torch.ones(20, dtype=torch.float64)
+    expected = -(share * (1 - probability) ** 2 * probability.log()).sum() / share.sum()
+    torch.testing.assert_close(focal_loss(logits, labels, weights, 0.0, 2.0), expected)
+    assert torch.autograd.gradcheck(lambda z: focal_loss(z, labels, weights, 0.1, 2.0), (logits,))
 
 
 def test_the_manifest_says_what_was_done_and_the_files_match_it(chain):

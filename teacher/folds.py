@@ -1,0 +1,98 @@
+"""Out-of-fold logits: what teachers say of training text that they have not seen.
+
+A teacher remembers its own training text, so its soft labels there are nearly hard. Cross-fitting labels each
+text by a teacher of the same kind that was trained on the other folds.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from numpy.typing import NDArray
+
+from distill.data import Data
+from distill.errors import DistillError
+from distill.metrics import score
+from distill.trainer import TrainingOptions
+
+logger = logging.getLogger(__name__)
+
+
+def assign_folds(labels: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
+    """Fold of every text, shape (n,): folds of equal size, each class spread evenly over them."""
+    generator = np.random.default_rng(seed)
+    order = np.concatenate(
+        [generator.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    )
+    found = np.empty(len(labels), dtype=np.int64)
+    found[order] = np.arange(len(labels)) % folds
+    return found
+
+
+def _place(options: TrainingOptions) -> Path:
+    return options.output.parent / "checkpoints" / f"{options.output.name}-folds"
+
+
+def out_of_fold(
+    data: Data,
+    folds: int,
+    options: TrainingOptions,
+    train: Callable[[Any, Data, Dataset], NDArray[np.float32]],
+) -> tuple[NDArray[np.float32], list[float]]:
+    """Logits for the training text, each from a teacher that has not seen it.
+
+    Those of a finished fold are kept until `discard_folds`, so that an interrupted run goes on with the next.
+
+    Args:
+        data: all splits.
+        folds: how many teachers to train.
+        options: how to train; each fold gets them with an output of its own.
+        train: trains with options on data, and gives the logits of a held-out part, shape (m, classes).
+
+    Returns:
+        Logits in the order of the training split, shape (n, classes); the macro-F1 of every fold.
+
+    Raises:
+        DistillError: if there are fewer training texts than folds.
+    """
+    whole = data.splits["train"]
+    labels = np.asarray(whole["label"])
+    if folds > len(labels):
+        raise DistillError(f"--folds {folds}: there are only {len(labels)} training texts; give fewer folds")
+    assigned = assign_folds(labels, folds, options.seed)
+    logits = np.empty((len(labels), len(data.labels)), dtype=np.float32)
+    scores = []
+    for number in range(folds):
+        rest, held = np.flatnonzero(assigned != number), np.flatnonzero(assigned == number)
+        part = replace(
+            data,
+            splits=DatasetDict({**data.splits, "train": whole.select(rest)}),
+            fingerprint=f"{data.fingerprint}, fold {number} of {folds}",
+        )
+        identity = json.dumps([options.recipe(), part.fingerprint], sort_keys=True, default=str)
+        kept = _place(options) / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
+        if not kept.is_file():
+            logger.info("Fold %d of %d", number + 1, folds)
+            # Without --resume an unfinished fold of another run is none to go on with.
+            own = replace(options, output=_place(options) / f"fold-{number + 1}", overwrite=True)
+            found = train(own, part, whole.select(held))
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            np.save(kept.with_suffix(".partial.npy"), found)
+            kept.with_suffix(".partial.npy").replace(kept)
+        logits[held] = np.load(kept)
+        scores.append(score(labels[held], logits[held].argmax(1), len(data.labels)).macro_f1)
+        logger.info("Fold %d of %d: macro-F1 %.4f on its own texts", number + 1, folds, scores[-1])
+    logger.info("Cross-validation: macro-F1 %.4f ± %.4f", np.mean(scores), np.std(scores, ddof=1))
+    return logits, scores
+
+
+def discard_folds(options: TrainingOptions) -> None:
+    """Remove what was kept of finished folds."""
+    shutil.rmtree(_place(options), ignore_errors=True)
