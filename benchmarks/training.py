@@ -29,12 +29,13 @@ from distill.student.losses import distillation_loss
 from distill.student.vocabulary import trim_vocabulary
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-from distill import trainer
+from distill import training
 from distill.data import load_data, texts_of
 from distill.first_token import first_token_only
 from distill.latency import cpu_name
 from distill.models import choose_precision, load_model, load_tokenizer
-from distill.trainer import BEYOND_THE_MODEL, Collator, LossTrainer, TrainingOptions, fit, tokenize
+from distill.trainer import BEYOND_THE_MODEL, Collator, LossTrainer, tokenize
+from distill.training import TrainingOptions, fit
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RATE = 3e-4
@@ -61,7 +62,7 @@ def with_all_tokens(model: Any, tokenizer: Any, train: Dataset, batch_size: int)
     def nothing(model: Any) -> AbstractContextManager[bool]:
         return nullcontext(False)
 
-    with mock.patch.object(trainer, "first_token_only", nothing):
+    with mock.patch.object(training, "first_token_only", nothing):
         from_kept_labels(model, tokenizer, train, batch_size)
 
 

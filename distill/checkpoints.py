@@ -11,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from distill.artifact import check_output
 from distill.errors import DistillError
-from distill.trainer import TrainingOptions
+from distill.training import TrainingOptions
 
 logger = logging.getLogger(__name__)
 RECIPE = "recipe.json"

@@ -24,7 +24,7 @@ from distill.latency import cpu_name
 from distill.metrics import score
 from distill.models import load_model, load_tokenizer
 from distill.predictions import EVALUATED, write_predictions
-from distill.trainer import predict_logits
+from distill.training import predict_logits
 
 logger = logging.getLogger(__name__)
 SINGLE = "classifier.onnx"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from distill.artifact import Manifest, manifest_hash
 from distill.models import choose_device, choose_precision, load_model, load_tokenizer
 from distill.predictions import UNSEEN, read_predictions
-from distill.trainer import predict_logits
+from distill.training import predict_logits
 
 logger = logging.getLogger(__name__)
 CHUNK = 5_000

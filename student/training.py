@@ -29,7 +29,8 @@ from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, read_predictions, write_predictions
 from distill.sources import Columns, parts_of
-from distill.trainer import Trained, TrainingOptions, fit, predict_logits, tokenize
+from distill.trainer import tokenize
+from distill.training import Trained, TrainingOptions, fit, predict_logits
 from distill.words import segments
 
 logger = logging.getLogger(__name__)

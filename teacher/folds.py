@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from distill.data import Data
 from distill.errors import DistillError
 from distill.metrics import score
-from distill.trainer import TrainingOptions
+from distill.training import TrainingOptions
 
 logger = logging.getLogger(__name__)
 

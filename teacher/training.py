@@ -23,7 +23,8 @@ from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, UNSEEN, write_predictions
 from distill.sources import Columns
-from distill.trainer import Trained, TrainingOptions, fit, predict_logits, tokenize
+from distill.trainer import tokenize
+from distill.training import Trained, TrainingOptions, fit, predict_logits
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from distill import models
 from distill.data import load_data
 from distill.errors import DistillError
 from distill.models import BATCH_TOKENS, choose_precision, load_model, load_tokenizer
-from distill.trainer import predict_logits
+from distill.training import predict_logits
 
 
 def test_bf16_is_chosen_on_a_cpu_only_with_the_instructions(monkeypatch):

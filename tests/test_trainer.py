@@ -5,7 +5,9 @@ from conftest import make_configs, make_tokenizer
 from datasets import Dataset
 
 from distill import options as options_module
-from distill.trainer import LossTrainer, TrainingOptions, _arguments, is_new, tokenize
+from distill.memory import Plan
+from distill.trainer import LossTrainer, is_new, tokenize
+from distill.training import TrainingOptions, _arguments
 
 FAMILIES = make_configs(layers=2)
 
@@ -54,7 +56,7 @@ def test_rows_in_a_file_are_memory_mapped_and_tokenized_once(tmp_path):
 
 def test_a_tracker_is_told_through_the_trainer_and_is_no_part_of_the_recipe(tmp_path):
     options = TrainingOptions(output=tmp_path / "runs" / "t", report_to=("tensorboard",))
-    arguments = _arguments(options, "fp32", "cpu")
+    arguments = _arguments(options, Plan(32, 1), "fp32", "cpu")
     assert arguments.report_to == ["tensorboard"] and arguments.logging_strategy == "steps"
     assert arguments.logging_dir == str(tmp_path / "runs" / "logs" / "t")
     assert options.recipe() == TrainingOptions(output=options.output, resume=True).recipe()

@@ -15,7 +15,7 @@ from distill.callbacks import ProgressCallback
 from distill.data import load_data
 from distill.models import load_model
 from distill.predictions import read_predictions
-from distill.trainer import predict_logits
+from distill.training import predict_logits
 
 
 def _options(chain, output, **changes):

@@ -111,7 +111,7 @@ def test_a_teacher_trained_with_adapters_is_an_ordinary_checkpoint(tmp_path, dat
 def train_teacher_logits(folder, manifest):
     from distill.data import reload_data
     from distill.models import load_tokenizer
-    from distill.trainer import predict_logits
+    from distill.training import predict_logits
 
     data = reload_data(manifest.data, manifest.labels)
     model = load_model(str(folder), manifest.labels)

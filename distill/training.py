@@ -1,0 +1,251 @@
+"""How a teacher and a student are trained: options, batches that fit the memory, and the best weights."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from distill.callbacks import ProgressCallback, SaveInTime, Watch
+from distill.first_token import first_token_only
+from distill.memory import Plan, available, measure, plan, smaller
+from distill.metrics import score
+from distill.models import batched_logits, choose_device, choose_precision
+from distill.trainer import Collator, LossTrainer, tokenize
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options that both training stages have. Batch size is per device."""
+
+    output: Path
+    epochs: float = 3.0
+    max_steps: int = -1
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    learning_rate: float = 5e-5
+    head_learning_rate: float | None = None
+    """Of what is new, head and adapters; ten times `learning_rate` when left out."""
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.01
+    dropout: float | None = None
+    freeze_embeddings: bool = False
+    max_grad_norm: float = 1.0
+    scheduler: str = "linear"
+    patience: int = 3
+    max_length: int = 256
+    device: str = "auto"
+    precision: str = "auto"
+    seed: int = 42
+    report_to: tuple[str, ...] = ()
+    """Trackers that the Trainer tells about loss and scores: tensorboard, mlflow, wandb."""
+    resume: bool = False
+    overwrite: bool = False
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the result, by name."""
+        beside = ("report_to", "resume", "overwrite")
+        return {name: value for name, value in asdict(self).items() if name not in beside}
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where an interrupted run can be picked up."""
+        return self.output.parent / "checkpoints" / self.output.name
+
+
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit"}
+
+
+def _arguments(options: TrainingOptions, cut: Plan, precision: str, device: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(options.checkpoints),
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=cut.micro_batch,
+        per_device_eval_batch_size=cut.micro_batch * 2,
+        gradient_accumulation_steps=cut.accumulation,
+        gradient_checkpointing=cut.recompute,
+        # The re-entrant kind gives no gradient to anything after frozen embeddings.
+        gradient_checkpointing_kwargs={"use_reentrant": False} if cut.recompute else None,
+        optim=OPTIMIZERS[cut.optimizer],
+        learning_rate=options.learning_rate,
+        warmup_ratio=options.warmup_ratio,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        lr_scheduler_type=options.scheduler,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,
+        metric_for_best_model="macro_f1",
+        greater_is_better=True,
+        group_by_length=True,
+        length_column_name="length",
+        remove_unused_columns=False,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device == "cuda",
+        seed=options.seed,
+        disable_tqdm=True,
+        logging_strategy="steps" if options.report_to else "no",
+        logging_steps=10,
+        logging_dir=str(options.output.parent / "logs" / options.output.name),
+        run_name=options.output.name,
+        report_to=list(options.report_to),
+    )
+
+
+KEEPING_START = ("cuda",)  # a CPU that is out of memory ends the process
+
+
+@dataclass
+class Trained:
+    """A trained model, where it was trained, and its macro-F1 on validation."""
+
+    model: Any
+    device: str
+    precision: str
+    score: float
+
+
+def fit(
+    model: Any,
+    tokenizer: Any,
+    train: Dataset,
+    validation: Dataset,
+    options: TrainingOptions,
+    loss: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor],
+    title: str,
+    resume_from: str | None,
+) -> Trained:
+    """Train with early stopping on validation macro-F1; the best weights are kept.
+
+    Args:
+        model: a sequence classifier.
+        tokenizer: its tokenizer, for padding.
+        train: as `tokenize` leaves it, with `label` and, for a student, `teacher_logits`.
+        validation: as `tokenize` leaves it, with `label`.
+        options: how to train.
+        loss: maps fp32 logits of shape (batch, classes) and the batch to a scalar, a mean over the batch.
+        title: what the progress display says.
+        resume_from: a checkpoint folder or None.
+    """
+    device = choose_device(options.device)
+    precision = choose_precision(device, options.precision)
+    os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", "distill")
+    os.environ.setdefault("WANDB_PROJECT", "distill")
+    set_seed(options.seed)
+    classes = model.config.num_labels
+    if options.freeze_embeddings:
+        model.get_input_embeddings().weight.requires_grad_(False)
+
+    def evaluate(prediction: Any) -> dict[str, float]:
+        return score(prediction.label_ids, prediction.predictions.argmax(axis=-1), classes).summary()
+
+    def attempt(cut: Plan, resume_from: str | None) -> LossTrainer | None:
+        """Train; None where memory was too short."""
+        progress = ProgressCallback(title)
+        trainer = LossTrainer(
+            model=model,
+            args=_arguments(options, cut, precision, device),
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            data_collator=Collator(tokenizer),
+            compute_metrics=evaluate,
+            callbacks=[progress, SaveInTime(), Watch(), EarlyStoppingCallback(options.patience)],
+            loss=loss,
+            head_learning_rate=options.head_learning_rate,
+        )
+        trainer.pop_callback(_printer())
+        try:
+            trainer.train(resume_from_checkpoint=resume_from)
+        except KeyboardInterrupt:
+            if get_last_checkpoint(str(options.checkpoints)):
+                logger.info("%s: interrupted; --resume goes on from the last checkpoint", title)
+            raise
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            progress.close()
+        return trainer
+
+    logger.info("%s: %d texts on %s in %s", title, len(train), device, precision)
+    with first_token_only(model.get_base_model() if hasattr(model, "get_base_model") else model):
+        cut = _cut(model, train, options, device, precision, title)
+        # What an attempt that ran out of memory has changed is put back.
+        start = _trained_weights(model) if device in KEEPING_START else {}
+        while (trainer := attempt(cut, resume_from)) is None:
+            cut = smaller(cut, title)
+            logger.warning("%s: out of memory; again with %d texts at a time", title, cut.micro_batch)
+            resume_from = get_last_checkpoint(str(options.checkpoints)) or None
+            model.load_state_dict(start, strict=False)
+            torch.cuda.empty_cache()
+    return Trained(trainer.model, device, precision, float(trainer.state.best_metric or 0.0))
+
+
+def _trained_weights(model: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.detach().to("cpu", copy=True)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _cut(
+    model: Any, train: Dataset, options: TrainingOptions, device: str, precision: str, title: str
+) -> Plan:
+    """Cut a step into micro-batches that fit the device, and say so where it is not as asked."""
+    asked = Plan(options.batch_size, options.gradient_accumulation, options.gradient_checkpointing)
+    if available(device) is None:
+        return asked
+    model.to(device)
+    footprint = measure(model, int(np.max(np.asarray(train["length"]))), precision)
+    limit = (available(device) or 0) + footprint.weights
+    cut = plan(footprint, asked.micro_batch, asked.accumulation, asked.recompute, limit)
+    if cut.micro_batch < asked.micro_batch or cut.recompute > asked.recompute or cut.optimizer != "adamw":
+        again = ", layers computed again in the backward pass" if cut.recompute else ""
+        bits = ", an 8-bit optimizer" if cut.optimizer != "adamw" else ""
+        logger.info("%s: %d texts at a time%s%s", title, cut.micro_batch, again, bits)
+    logger.info("%s: takes %.1f of %.1f GiB by estimate", title, cut.peak / 2**30, limit / 2**30)
+    return cut
+
+
+def _printer() -> type[TrainerCallback]:
+    from transformers import PrinterCallback
+
+    return PrinterCallback  # type: ignore[no-any-return]
+
+
+def predict_logits(
+    model: Any, tokenizer: Any, dataset: Dataset, device: str, precision: str
+) -> NDArray[np.float32]:
+    """Logits for every row, shape (n, classes), computed in batches of similar length.
+
+    Args:
+        model: a sequence classifier; moved to `device`.
+        tokenizer: its tokenizer.
+        dataset: with `text` and perhaps `text_pair`.
+        device: "cpu" or "cuda".
+        precision: "fp32", "bf16" or "fp16" (autocast).
+    """
+    encoded = tokenize(dataset, tokenizer)
+    inputs = encoded.select_columns(
+        [name for name in tokenizer.model_input_names if name in encoded.column_names]
+    )
+    model.to(device).eval()
+    lengths = np.asarray(encoded["length"])
+    return batched_logits(model, tokenizer, inputs.__getitem__, lengths, device, precision)
