@@ -2,13 +2,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint benchmark embedding install
+.PHONY: demo test test5 lint benchmark embedding install
 
 demo: install
 	$(BIN)/distill demo --output demo
 
 test: install
 	OMP_WAIT_POLICY=passive $(BIN)/pytest
+
+# The same tests with transformers 5, in an environment of its own.
+test5:
+	test -d .venv5 || $(PYTHON) -m venv .venv5
+	grep -viE '^(transformers|tokenizers|huggingface|hf[-_]|optimum|typer)' constraints.txt > .venv5/constraints.txt
+	.venv5/bin/pip install --quiet --no-compile --constraint .venv5/constraints.txt torch
+	.venv5/bin/pip install --quiet --no-compile --constraint .venv5/constraints.txt ".[train-5,cpu,qlora,serve,dev]"
+	.venv5/bin/pip install --quiet --no-deps --force-reinstall .
+	OMP_WAIT_POLICY=passive .venv5/bin/pytest
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
@@ -67,6 +68,15 @@ class TrainingOptions:
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit"}
 
 
+def _of_this_version(options: TrainingOptions) -> dict[str, Any]:
+    """Arguments that transformers 5 has under other names."""
+    logs = str(options.output.parent / "logs" / options.output.name)
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return {"warmup_ratio": options.warmup_ratio, "logging_dir": logs}
+    os.environ["TENSORBOARD_LOGGING_DIR"] = logs
+    return {"warmup_steps": min(options.warmup_ratio, 1 - 1e-9)}  # from 1 on it counts steps
+
+
 def _arguments(options: TrainingOptions, cut: Plan, precision: str, device: str) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(options.checkpoints),
@@ -80,7 +90,7 @@ def _arguments(options: TrainingOptions, cut: Plan, precision: str, device: str)
         gradient_checkpointing_kwargs={"use_reentrant": False} if cut.recompute else None,
         optim=OPTIMIZERS[cut.optimizer],
         learning_rate=options.learning_rate,
-        warmup_ratio=options.warmup_ratio,
+        **_of_this_version(options),
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         lr_scheduler_type=options.scheduler,
@@ -91,8 +101,6 @@ def _arguments(options: TrainingOptions, cut: Plan, precision: str, device: str)
         restore_callback_states_from_checkpoint=True,
         metric_for_best_model="macro_f1",
         greater_is_better=True,
-        group_by_length=True,
-        length_column_name="length",
         remove_unused_columns=False,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
@@ -102,7 +110,6 @@ def _arguments(options: TrainingOptions, cut: Plan, precision: str, device: str)
         disable_tqdm=True,
         logging_strategy="steps" if options.report_to else "no",
         logging_steps=10,
-        logging_dir=str(options.output.parent / "logs" / options.output.name),
         run_name=options.output.name,
         report_to=list(options.report_to),
     )

@@ -41,6 +41,7 @@ class ExportOptions:
         provider: "cpu", "cuda" or both: what to write optimised files for.
         int8: add an INT8 file for each.
         max_drop: points of validation macro-F1 that FP16 and INT8 may lose.
+        exporter: "optimum" or "transformers"; the one that the installed transformers allows when left out.
         single_file: add `classifier.onnx`, which holds the whole bundle.
         data: the data, if it has moved.
         overwrite: replace an existing output folder.
@@ -51,6 +52,7 @@ class ExportOptions:
     provider: tuple[str, ...] = ("cpu",)
     int8: bool = False
     max_drop: float = 1.0
+    exporter: str | None = None
     single_file: bool = False
     data: str | None = None
     overwrite: bool = False
@@ -83,7 +85,7 @@ def export_student(options: ExportOptions) -> Manifest:
         details={"files": {"fp32": FP32, "cpu": FP32, "cuda": FP32}},
     )
     with publish(options.output, manifest, options.overwrite) as folder, TemporaryDirectory() as scratch:
-        exported = export_fp32(options.student, Path(scratch))
+        exported = export_fp32(options.student, Path(scratch), options.exporter)
         _fill(folder, exported, options, manifest, data)
         manifest.wall_seconds = round(time.monotonic() - started, 1)
     return manifest

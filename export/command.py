@@ -30,6 +30,11 @@ from distill.options import POSITIVE, output_options, say_loading, show_stage
     help="Points of validation macro-F1 that INT8, or FP16, may lose.",
 )
 @click.option(
+    "--exporter",
+    type=click.Choice(["optimum", "transformers"]),
+    help="What writes the graph [Optimum; transformers' own exporter with transformers 5].",
+)
+@click.option(
     "--single-file", is_flag=True, help="Add classifier.onnx, one file that holds the whole bundle."
 )
 @click.option("--data", help="The data, if it has moved [where the earlier stages read it].")

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
+import transformers
 from distill.export.pooling import attend_from_first_token, keep_first_token
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distill.errors import DistillError
 
 logger = logging.getLogger(__name__)
+OPSET = 18
 
 
 @contextmanager
@@ -29,23 +33,57 @@ def quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
-def export_fp32(student: Path, folder: Path) -> Path:
-    """Export with Optimum; gives the path of `model.onnx` in `folder`.
+def default_exporter() -> str:
+    """Optimum; transformers' own exporter with transformers 5, which Optimum cannot be used with."""
+    return "optimum" if int(transformers.__version__.split(".")[0]) < 5 else "transformers"
+
+
+def export_fp32(student: Path, folder: Path, exporter: str | None = None) -> Path:
+    """Export a student's folder; gives the path of `model.onnx` in `folder`.
+
+    Args:
+        student: a checkpoint's folder.
+        folder: to write to.
+        exporter: "optimum" or "transformers"; `default_exporter()` when left out.
 
     Raises:
-        DistillError: if Optimum cannot export this architecture.
+        DistillError: if it cannot export this architecture, or cannot be used here.
     """
-    from optimum.exporters.onnx import main_export
-
+    exporter = exporter or default_exporter()
+    if exporter != default_exporter():
+        raise DistillError(
+            f"--exporter {exporter}: not with transformers {transformers.__version__}; use --exporter "
+            f"{default_exporter()}, or another version of transformers"
+        )
+    export = _with_optimum if exporter == "optimum" else _with_transformers
     try:
         with quiet():
-            main_export(
-                str(student), folder, task="text-classification", do_validation=False, no_post_process=True
-            )
-    except Exception as error:  # the exporter raises many kinds
+            export(student, folder)
+    except Exception as error:  # the exporters raise many kinds
         reason = " ".join(str(error).split())[:200]
-        raise DistillError(f"--student {student}: Optimum cannot export it: {reason}") from error
+        raise DistillError(f"--student {student}: {exporter} cannot export it: {reason}") from error
     return folder / "model.onnx"
+
+
+def _with_optimum(student: Path, folder: Path) -> None:
+    from optimum.exporters.onnx import main_export
+
+    main_export(str(student), folder, task="text-classification", do_validation=False, no_post_process=True)
+
+
+def _with_transformers(student: Path, folder: Path) -> None:
+    import onnx_ir
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        student, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
+    # Two texts of different length, so that neither axis is taken for a constant.
+    texts = tokenizer(["one text", "another, longer text"], padding=True, return_tensors="pt")
+    exported = OnnxExporter().export(model, dict(texts), config=OnnxConfig(dynamic=True, opset_version=OPSET))
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx_ir.save(exported.program, folder / "model.onnx")
 
 
 def shorten(model: Path, shortened: Path) -> bool:
