@@ -45,11 +45,15 @@ def _bert(layers: int, width: int, **more: int) -> BertForSequenceClassification
     )
 
 
+def _inputs(texts: int, length: int = LENGTH, vocabulary: int = 30_000) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, vocabulary, (texts, length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def _steps(model: BertForSequenceClassification, texts: int, length: int, number: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for _ in range(number):
-        ids = torch.randint(0, model.config.vocab_size, (texts, length))
-        model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
+        model(**_inputs(texts, length, model.config.vocab_size)).logits.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -59,7 +63,7 @@ def one(layers: int, width: int, texts: int, recompute: int) -> dict[str, float]
     _steps(_bert(1, 64, vocab_size=99), 2, 8, 1)  # what the libraries take for themselves
     before = _resident("VmRSS")
     model = _bert(layers, width)
-    estimate = measure(model, LENGTH, "fp32").peak(texts, recompute=bool(recompute))
+    estimate = measure(model, _inputs, "fp32").peak(texts, recompute=bool(recompute))
     Path("/proc/self/clear_refs").write_text("5")  # the highest value starts again from here
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

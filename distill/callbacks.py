@@ -107,6 +107,11 @@ def watched(watcher: Watcher) -> Iterator[None]:
         _watcher.reset(token)
 
 
+def being_watched() -> bool:
+    """Whether somebody else runs this training, and says what there is to say."""
+    return _watcher.get() is not None
+
+
 class Watch(TrainerCallback):
     """Tell whoever watches what validation gave."""
 

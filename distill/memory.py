@@ -1,7 +1,7 @@
 """How much memory a training takes, and how to cut its batches so that it fits."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -29,6 +29,8 @@ class Footprint:
         text: kept for the backward pass for each text.
         layer: of `text`, what one layer keeps.
         outside: of `text`, what is kept when every layer is computed again in the backward pass.
+        tables: how many of the trained numbers are in embeddings, whose optimizer state stays at 32 bits.
+        recomputable: whether layers can be computed again in the backward pass.
     """
 
     weights: int
@@ -37,6 +39,8 @@ class Footprint:
     text: int
     layer: int
     outside: int
+    tables: int = 0
+    recomputable: bool = True
 
     def peak(
         self, micro_batch: int, accumulation: int = 1, recompute: bool = False, optimizer: str = "adamw"
@@ -50,7 +54,8 @@ class Footprint:
         text = self.outside + self.layer if recompute else self.text
         kept = self.fixed + micro_batch * text
         moment = gradients + kept if accumulation > 1 else max(gradients, kept)
-        return self.weights + STATE[optimizer] * self.trained + moment
+        state = STATE[optimizer] * (self.trained - self.tables) + STATE["adamw"] * self.tables
+        return self.weights + state + moment
 
 
 @dataclass(frozen=True)
@@ -64,30 +69,46 @@ class Plan:
     peak: int = 0
 
 
-def measure(model: Any, length: int, precision: str) -> Footprint:
-    """Measure a footprint by two forward passes, of one and of two texts of `length` tokens.
+def measure(model: Any, batch: Callable[[int], dict[str, torch.Tensor]], precision: str) -> Footprint:
+    """Measure a footprint by two forward passes, of one and of two texts.
 
     Args:
         model: a sequence classifier, on the device where it will be trained.
-        length: of the longest text, in tokens.
+        batch: gives the inputs of that many of the longest texts.
         precision: "fp32", "bf16" or "fp16" (autocast).
+
+    Raises:
+        torch.OutOfMemoryError: if not even these fit.
     """
     weights = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    tables = {id(one.weight): one.weight for one in model.modules() if isinstance(one, torch.nn.Embedding)}
+    recomputable = bool(getattr(model, "supports_gradient_checkpointing", False))
     training = model.training
     model.train()
-    one, two = (_kept(model, texts, length, precision) for texts in (1, 2))
-    text = two - one
-    outside, layer = text, 0
-    if getattr(model, "supports_gradient_checkpointing", False):
-        with _recomputing(model):
-            outside = max(0, _kept(model, 2, length, precision) - _kept(model, 1, length, precision))
-        layer = max(0, text - outside) // max(1, int(getattr(model.config, "num_hidden_layers", 1)))
-    model.train(training)
-    return Footprint(weights, trained, max(0, one - text), text, layer, outside)
+    try:
+        one, two = (_kept(model, batch(texts), precision) for texts in (1, 2))
+        text = two - one
+        outside, layer = text, 0
+        if recomputable:
+            with _recomputing(model):
+                outside = max(0, _kept(model, batch(2), precision) - _kept(model, batch(1), precision))
+            layer = max(0, text - outside) // max(1, int(getattr(model.config, "num_hidden_layers", 1)))
+    finally:
+        model.train(training)
+    return Footprint(
+        weights,
+        trained,
+        max(0, one - text),
+        text,
+        layer,
+        outside,
+        sum(one.numel() for one in tables.values() if one.requires_grad),
+        recomputable,
+    )
 
 
-def _kept(model: Any, texts: int, length: int, precision: str) -> int:
+def _kept(model: Any, inputs: dict[str, torch.Tensor], precision: str) -> int:
     """Bytes that a forward pass keeps for the backward pass, beside the parameters themselves."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -98,10 +119,10 @@ def _kept(model: Any, texts: int, length: int, precision: str) -> int:
             kept[storage.data_ptr()] = storage  # holding it keeps its address from being given again
 
     device = model.device
-    ids = torch.arange(texts * length, device=device).reshape(texts, length) % model.config.vocab_size
+    moved = {name: tensor.to(device) for name, tensor in inputs.items()}
     autocast = torch.autocast(device.type, PRECISIONS[precision]) if precision != "fp32" else nullcontext()
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one), autocast:
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        output = model(**moved)
     del output
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -115,11 +136,18 @@ def _recomputing(model: Any) -> Iterator[None]:
         model.gradient_checkpointing_disable()
 
 
-def plan(footprint: Footprint, batch_size: int, accumulation: int, recompute: bool, limit: int) -> Plan:
+def plan(
+    footprint: Footprint,
+    batch_size: int,
+    accumulation: int,
+    recompute: bool,
+    limit: int,
+    optimizer: str | None = None,
+) -> Plan:
     """The fastest way to take a step of `batch_size` texts, `accumulation` times, within `limit` bytes.
 
     First whole batches, then smaller ones down to 8 texts; then with each layer computed again in the
-    backward pass, then with an 8-bit optimizer where bitsandbytes is installed; then down to single texts.
+    backward pass; then down to single texts; then with an 8-bit optimizer where bitsandbytes is installed.
 
     Args:
         footprint: of `measure`.
@@ -127,42 +155,46 @@ def plan(footprint: Footprint, batch_size: int, accumulation: int, recompute: bo
         accumulation: steps of the kind before the optimizer's.
         recompute: recompute in any case.
         limit: bytes that there are.
+        optimizer: the one to take, "adamw" or "adamw_8bit"; as needed when left out.
 
     Raises:
         DistillError: if a single text does not fit.
     """
-    optimizers = ["adamw", *(["adamw_8bit"] if find_spec("bitsandbytes") else [])]
+    eight = ["adamw_8bit"] if find_spec("bitsandbytes") else []
+    optimizers = [optimizer] if optimizer else ["adamw", *eight]
+    again = [True] if recompute else [False, *([True] if footprint.recomputable else [])]
     sizes = [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
-    for smallest in (COMFORT, 1):
-        for optimizer in optimizers:
-            for again in (True,) if recompute else (False, True):
-                for size in sizes:
-                    if size < min(smallest, batch_size):
-                        continue
+    for kind in optimizers:
+        for smallest in (min(COMFORT, batch_size), 1):
+            for recomputed in again:
+                for size in (size for size in sizes if size >= smallest):
                     times = accumulation * batch_size // size
-                    peak = footprint.peak(size, times, again, optimizer)
+                    peak = footprint.peak(size, times, recomputed, kind)
                     if peak <= limit:
-                        return Plan(size, times, again, optimizer, peak)
-    least = footprint.peak(1, accumulation * batch_size, True, optimizers[-1]) / 2**30
+                        return Plan(size, times, recomputed, kind, peak)
+    least = footprint.peak(1, accumulation * batch_size, again[-1], optimizers[-1]) / 2**30
     raise DistillError(
         f"--model: training it takes {least:.1f} GiB even one text at a time, and {limit / 2**30:.1f} GiB "
         "are free; use --lora or --qlora, a smaller --max-length, or a smaller model"
     )
 
 
-def smaller(before: Plan, title: str) -> Plan:
-    """Half the texts at a time, or fewer, twice as often.
+def smaller(before: Plan, title: str, recomputable: bool = True) -> Plan:
+    """Half the texts at a time, or fewer, twice as often; in the end with layers computed again.
 
     Raises:
-        DistillError: if it was one text at a time.
+        DistillError: if it was one text at a time, with all that can be done.
     """
-    if before.micro_batch == 1:
-        raise DistillError(
-            f"{title}: out of memory with one text at a time; use --gradient-checkpointing, --lora or "
-            "--qlora, a smaller --max-length, or a smaller model"
-        )
-    size = next(size for size in range(before.micro_batch // 2, 0, -1) if before.micro_batch % size == 0)
-    return replace(before, micro_batch=size, accumulation=before.accumulation * before.micro_batch // size)
+    if before.micro_batch > 1:
+        size = next(size for size in range(before.micro_batch // 2, 0, -1) if before.micro_batch % size == 0)
+        times = before.accumulation * before.micro_batch // size
+        return replace(before, micro_batch=size, accumulation=times)
+    if recomputable and not before.recompute:
+        return replace(before, recompute=True)
+    raise DistillError(
+        f"{title}: out of memory with one text at a time; use --lora or --qlora, a smaller --max-length, or "
+        "a smaller model"
+    )
 
 
 def available(device: str) -> int | None:

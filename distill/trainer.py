@@ -90,6 +90,16 @@ def is_new(name: str, prefix: str) -> bool:
     return not name.startswith(f"{prefix}.") or ".pooler." in name or ".lora_" in name
 
 
+def _keep_tables_at_32_bits(model: Any) -> None:
+    """As the Trainer does: 8-bit optimizer state is unstable for embeddings."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+
+
 BEYOND_THE_MODEL = ("labels", "teacher_logits")
 
 
@@ -149,6 +159,8 @@ class LossTrainer(Trainer):
                 ],
                 **options,
             )
+            if "8bit" in str(self.args.optim):
+                _keep_tables_at_32_bits(self.model)
         return self.optimizer
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from distill.callbacks import ProgressCallback, SaveInTime, Watch
+from distill.callbacks import ProgressCallback, SaveInTime, Watch, being_watched
+from distill.errors import DistillError
 from distill.first_token import first_token_only
 from distill.memory import Plan, available, measure, plan, smaller
 from distill.metrics import score
 from distill.models import batched_logits, choose_device, choose_precision
-from distill.trainer import Collator, LossTrainer, tokenize
+from distill.trainer import BEYOND_THE_MODEL, Collator, LossTrainer, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,11 @@ class Trained:
     device: str
     precision: str
     score: float
+    cut: Plan
+
+    def steps(self) -> dict[str, Any]:
+        """For a manifest: how every step was cut."""
+        return {name: value for name, value in asdict(self.cut).items() if name != "peak"}
 
 
 def fit(
@@ -156,6 +162,9 @@ def fit(
     os.environ.setdefault("WANDB_PROJECT", "distill")
     set_seed(options.seed)
     classes = model.config.num_labels
+    if options.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        kind = model.config.model_type
+        raise DistillError(f"--gradient-checkpointing: a model of type {kind} cannot do it; leave it out")
     if options.freeze_embeddings:
         model.get_input_embeddings().weight.requires_grad_(False)
 
@@ -181,7 +190,7 @@ def fit(
         try:
             trainer.train(resume_from_checkpoint=resume_from)
         except KeyboardInterrupt:
-            if get_last_checkpoint(str(options.checkpoints)):
+            if get_last_checkpoint(str(options.checkpoints)) and not being_watched():
                 logger.info("%s: interrupted; --resume goes on from the last checkpoint", title)
             raise
         except torch.OutOfMemoryError:
@@ -192,16 +201,16 @@ def fit(
 
     logger.info("%s: %d texts on %s in %s", title, len(train), device, precision)
     with first_token_only(model.get_base_model() if hasattr(model, "get_base_model") else model):
-        cut = _cut(model, train, options, device, precision, title)
+        cut = _cut(model, tokenizer, train, options, device, precision, title)
         # What an attempt that ran out of memory has changed is put back.
         start = _trained_weights(model) if device in KEEPING_START else {}
         while (trainer := attempt(cut, resume_from)) is None:
-            cut = smaller(cut, title)
+            cut = smaller(cut, title, getattr(model, "supports_gradient_checkpointing", False))
             logger.warning("%s: out of memory; again with %d texts at a time", title, cut.micro_batch)
             resume_from = get_last_checkpoint(str(options.checkpoints)) or None
             model.load_state_dict(start, strict=False)
             torch.cuda.empty_cache()
-    return Trained(trainer.model, device, precision, float(trainer.state.best_metric or 0.0))
+    return Trained(trainer.model, device, precision, float(trainer.state.best_metric or 0.0), cut)
 
 
 def _trained_weights(model: Any) -> dict[str, torch.Tensor]:
@@ -213,21 +222,45 @@ def _trained_weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _cut(
-    model: Any, train: Dataset, options: TrainingOptions, device: str, precision: str, title: str
+    model: Any,
+    tokenizer: Any,
+    train: Dataset,
+    options: TrainingOptions,
+    device: str,
+    precision: str,
+    title: str,
 ) -> Plan:
     """Cut a step into micro-batches that fit the device, and say so where it is not as asked."""
     asked = Plan(options.batch_size, options.gradient_accumulation, options.gradient_checkpointing)
     if available(device) is None:
         return asked
     model.to(device)
-    footprint = measure(model, int(np.max(np.asarray(train["length"]))), precision)
-    limit = (available(device) or 0) + footprint.weights
-    cut = plan(footprint, asked.micro_batch, asked.accumulation, asked.recompute, limit)
+    longest = np.argsort(-np.asarray(train["length"]), kind="stable")
+
+    def batch(texts: int) -> dict[str, torch.Tensor]:
+        rows = [train[int(longest[index % len(longest)])] for index in range(texts)]
+        inputs = Collator(tokenizer)(rows)
+        return {name: value for name, value in inputs.items() if name not in BEYOND_THE_MODEL}
+
+    # An optimizer's state is of its kind, so a resumed run keeps it, whatever is free by then.
+    record = options.checkpoints / "optimizer.txt"
+    kind = record.read_text(encoding="utf-8") if record.is_file() else None
+    try:
+        footprint = measure(model, batch, precision)
+    except torch.OutOfMemoryError:
+        times = asked.micro_batch * asked.accumulation
+        cut = Plan(1, times, getattr(model, "supports_gradient_checkpointing", False), kind or "adamw")
+        logger.warning("%s: two texts are too much for this memory; trying one at a time", title)
+    else:
+        limit = (available(device) or 0) + footprint.weights
+        cut = plan(footprint, asked.micro_batch, asked.accumulation, asked.recompute, limit, kind)
+        logger.info("%s: takes %.1f of %.1f GiB by estimate", title, cut.peak / 2**30, limit / 2**30)
     if cut.micro_batch < asked.micro_batch or cut.recompute > asked.recompute or cut.optimizer != "adamw":
         again = ", layers computed again in the backward pass" if cut.recompute else ""
         bits = ", an 8-bit optimizer" if cut.optimizer != "adamw" else ""
         logger.info("%s: %d texts at a time%s%s", title, cut.micro_batch, again, bits)
-    logger.info("%s: takes %.1f of %.1f GiB by estimate", title, cut.peak / 2**30, limit / 2**30)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(cut.optimizer, encoding="utf-8")
     return cut
 
 

@@ -207,6 +207,7 @@ def train_student(options: StudentOptions) -> Manifest:
             "layers": int(trained.model.config.num_hidden_layers),
             "vocabulary": len(tokenizer),
             "teacher_temperature": fitted.teacher_temperature,
+            "steps": trained.steps(),
         },
     )
     with publish(options.output, manifest, options.overwrite) as folder:

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from distill.errors import DistillError
+from distill.models import PRECISIONS
 from distill.trainer import is_new
 
 SCALE = 2
@@ -75,7 +76,7 @@ def merge_adapters(model: Any) -> Any:
     """Give the plain classifier that computes what the adapted one does, in fp32.
 
     4-bit weights are first turned into the fp32 numbers that they stand for, which are what the adapters were
-    trained beside; the checkpoint's own weights would be others.
+    trained beside; the checkpoint's own weights would be others. They go to the CPU, where there is room.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer) and hasattr(module.get_base_layer().weight, "quant_state"):
@@ -85,6 +86,7 @@ def merge_adapters(model: Any) -> Any:
     merged.requires_grad_(True)
     if getattr(merged, "is_quantized", False):
         merged.hf_quantizer.remove_quantization_config(merged)
+        merged = merged.to("cpu")
     return merged
 
 
@@ -93,9 +95,9 @@ def _merged_from_four_bits(layer: Any) -> nn.Linear:
     from bitsandbytes.functional import dequantize_4bit
 
     base = layer.get_base_layer()
-    weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float()
+    weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float().cpu()
     for adapter in layer.active_adapters:
-        weight += layer.get_delta_weight(adapter).float()
+        weight += layer.get_delta_weight(adapter).float().cpu()
     plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device=weight.device)
     plain.weight.copy_(weight)
     if base.bias is not None:
@@ -113,21 +115,27 @@ def check_four_bits() -> None:
         raise DistillError("--qlora: needs the package bitsandbytes: pip install 'distill-onnx[qlora]'")
 
 
-def in_four_bits(config: Any, device: str) -> dict[str, Any]:
+def in_four_bits(config: Any, device: str, precision: str) -> dict[str, Any]:
     """Arguments of `from_pretrained` that load all linear layers below the head in 4 bits (NF4).
 
     Args:
         config: the classifier's configuration.
         device: "cpu" or "cuda".
+        precision: "fp32", "bf16" or "fp16", to compute in.
+
+    Raises:
+        DistillError: if the model's layers are of another kind, as GPT-2's.
     """
     with torch.device("meta"):
         skeleton = AutoModelForSequenceClassification.from_config(config)
+    if any(isinstance(module, Conv1D) for module in skeleton.modules()):
+        raise DistillError(f"--qlora: the layers of a {config.model_type} have no 4-bit form; use --lora")
     return {
         "quantization_config": BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_compute_dtype=PRECISIONS[precision],
             llm_int8_skip_modules=_heads(skeleton),
         ),
         "device_map": {"": device},

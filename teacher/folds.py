@@ -37,7 +37,7 @@ def assign_folds(labels: NDArray[np.int64], folds: int, seed: int) -> NDArray[np
 
 
 def _place(options: TrainingOptions) -> Path:
-    return options.output.parent / "checkpoints" / f"{options.output.name}-folds"
+    return options.output.parent / "checkpoints" / f".{options.output.name}.folds"  # no other run's
 
 
 def out_of_fold(

@@ -68,20 +68,23 @@ def focal_loss(
         gamma: how much less a text counts that is already right; 0 gives cross-entropy.
 
     Returns:
-        A scalar: the mean, weighted as PyTorch's cross-entropy is.
+        A scalar: the sum over the number of texts. Weights are 1 on average over the training text, so they
+        are not divided by here: a step has to come out the same in however many parts it is taken.
     """
     weights = weights.to(logits.device) if weights is not None else None
-    if not gamma:
-        return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
     each = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing, reduction="none")
-    probability = torch.softmax(logits, dim=-1).gather(-1, labels[:, None])[:, 0]
-    total = weights[labels].sum() if weights is not None else len(labels)
-    return ((1 - probability) ** gamma * each).sum() / total
+    if gamma:
+        probability = torch.softmax(logits, dim=-1).gather(-1, labels[:, None])[:, 0]
+        # At p = 1 the power has no gradient for gamma below 1.
+        each = (1 - probability).clamp_min(1e-6) ** gamma * each
+    return each.mean()
 
 
 def _build(options: TeacherOptions, labels: list[str]) -> Any:
     """Load the checkpoint, with adapters if asked."""
-    further = partial(in_four_bits, device=choose_device(options.device)) if options.qlora else None
+    device = choose_device(options.device)
+    precision = choose_precision(device, options.precision)
+    further = partial(in_four_bits, device=device, precision=precision) if options.qlora else None
     model = load_model(options.model, labels, dropout=options.dropout, further=further)
     return add_adapters(model, options.lora_rank) if options.lora or options.qlora else model
 
@@ -96,6 +99,7 @@ def teacher_options(
 def tune_teacher(**options: Any) -> float:
     """Train with options as the command line has them; macro-F1 on validation, and nothing is published."""
     checked = teacher_options(**options)
+    _check(checked)
     return _fit(checked, load_data(checked.data, checked.columns, checked.seed))[0].score
 
 
@@ -176,12 +180,13 @@ def train_teacher(options: TeacherOptions) -> Manifest:
         device=trained.device,
         precision=trained.precision,
         wall_seconds=round(time.monotonic() - started, 1),
-        details=details,
+        details={**details, "steps": trained.steps()},
     )
     with publish(options.output, manifest, options.overwrite) as folder:
         trained.model.to("cpu").save_pretrained(folder, safe_serialization=True)
         tokenizer.save_pretrained(folder)
         write_predictions(folder, data.splits, {"teacher": logits, UNSEEN: unseen})
-    discard_folds(options)
+    if options.folds:
+        discard_folds(options)
     discard_checkpoints(options)
     return manifest

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ GIB = 2**30
 BASE = Footprint(weights=GIB // 2, trained=2**27, fixed=0, text=GIB // 4, layer=GIB // 48, outside=GIB // 64)
 
 
+def _inputs(length):
+    def batch(texts):
+        ids = torch.arange(5, 5 + texts * length).reshape(texts, length) % 50
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    return batch
+
+
 @pytest.fixture(autouse=True)
 def no_bitsandbytes(monkeypatch):
     monkeypatch.setattr(memory, "find_spec", lambda name: None)
@@ -30,7 +39,7 @@ def test_what_a_text_keeps_grows_with_it_and_leaves_the_model_as_it_was(kind):
     model = AutoModelForSequenceClassification.from_config(make_configs(2)[kind]).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    short, long = measure(model, 8, "fp32"), measure(model, 32, "fp32")
+    short, long = measure(model, _inputs(8), "fp32"), measure(model, _inputs(32), "fp32")
     assert 0 < short.text < long.text
     assert 0 < long.outside + long.layer <= long.text
     assert not model.training and (torch.get_rng_state() == state).all()
@@ -53,7 +62,7 @@ def test_what_is_kept_is_what_autograd_keeps():
         def forward(self, input_ids, attention_mask):
             return torch.nn.functional.gelu(self.layer(self.table(input_ids)))
 
-    found = measure(Small(), 10, "fp32")
+    found = measure(Small(), _inputs(10), "fp32")
     ids, rows, hidden = 10 * 8, 10 * 16 * 4, 10 * 64 * 4
     assert found.text == ids + rows + hidden
     assert found.weights == (50 * 16 + 16 * 64 + 64) * 4 and found.trained == 50 * 16 + 16 * 64 + 64
@@ -88,10 +97,23 @@ def test_a_step_is_cut_as_little_as_the_memory_allows(gib, expected):
     assert found.peak <= gib * GIB
 
 
-def test_an_8_bit_optimizer_is_taken_where_it_is_installed_and_needed(monkeypatch):
+def test_an_8_bit_optimizer_is_the_last_resort_and_a_resumed_run_keeps_its_own(monkeypatch):
     monkeypatch.setattr(memory, "find_spec", lambda name: object())
     assert plan(BASE, 32, 1, False, 32 * GIB).optimizer == "adamw"
+    assert plan(BASE, 32, 1, False, int(2.1 * GIB)).optimizer == "adamw"
     assert plan(BASE, 32, 1, False, int(1.9 * GIB)).optimizer == "adamw_8bit"
+    assert plan(BASE, 32, 1, False, 32 * GIB, "adamw_8bit").optimizer == "adamw_8bit"
+    with pytest.raises(DistillError):
+        plan(BASE, 32, 1, False, int(1.9 * GIB), "adamw")
+    tables = replace(BASE, tables=BASE.trained // 4)
+    assert (
+        tables.peak(1, optimizer="adamw_8bit") - BASE.peak(1, optimizer="adamw_8bit") == 6 * BASE.trained // 4
+    )
+
+
+def test_a_model_that_cannot_compute_layers_again_is_not_asked_to():
+    with pytest.raises(DistillError):
+        plan(replace(BASE, recomputable=False), 32, 1, False, int(2.1 * GIB))
 
 
 def test_what_was_asked_for_is_kept():
@@ -106,15 +128,16 @@ def test_a_model_that_cannot_fit_is_refused_with_what_it_takes():
         plan(BASE, 32, 1, False, GIB)
 
 
-def test_batches_are_halved_until_one_text_is_left():
+def test_batches_are_halved_until_one_text_is_left_and_then_layers_are_computed_again():
     found = Plan(12, 2)
     seen = []
-    while found.micro_batch > 1:
+    for _ in range(4):
         found = smaller(found, "Teacher")
-        seen.append((found.micro_batch, found.accumulation))
-    assert seen == [(6, 4), (3, 8), (1, 24)]
-    with pytest.raises(DistillError, match="out of memory with one text at a time"):
-        smaller(found, "Teacher")
+        seen.append((found.micro_batch, found.accumulation, found.recompute))
+    assert seen == [(6, 4, False), (3, 8, False), (1, 24, False), (1, 24, True)]
+    for last, recomputable in ((found, True), (Plan(1, 2), False)):
+        with pytest.raises(DistillError, match="out of memory with one text at a time"):
+            smaller(last, "Teacher", recomputable)
 
 
 def _options(folder, data_file, checkpoint, **changes):
@@ -167,3 +190,23 @@ def test_a_training_is_cut_to_the_memory_that_there_is_and_says_so(
     found = train_teacher(_options(tmp_path / "cut", data_file, checkpoint))
     assert max(seen) <= 8 and "texts at a time" in caplog.text and "GiB by estimate" in caplog.text
     assert found.metrics["test"]["macro_f1"] == pytest.approx(whole.metrics["test"]["macro_f1"], abs=0.05)
+    assert found.details["steps"] == {
+        "micro_batch": 8,
+        "accumulation": 2,
+        "recompute": False,
+        "optimizer": "adamw",
+    }
+
+
+@pytest.mark.slow
+def test_texts_that_are_too_much_to_measure_are_taken_one_at_a_time(
+    tmp_path, data_file, checkpoint, monkeypatch, caplog
+):
+    def fails(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(training, "measure", fails)
+    monkeypatch.setattr(training, "available", lambda device: 1)
+    found = train_teacher(_options(tmp_path, data_file, checkpoint, max_steps=2))
+    assert found.details["steps"]["micro_batch"] == 1 and found.details["steps"]["accumulation"] == 16
+    assert "trying one at a time" in caplog.text

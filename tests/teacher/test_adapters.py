@@ -153,7 +153,9 @@ def test_a_model_without_linear_layers_is_refused():
 @pytest.mark.parametrize("kind", ["bert", "mpnet", "llama"])
 def test_adapters_on_four_bit_weights_merge_into_fp32_weights_that_compute_the_same(kind, tmp_path):
     _classifier(kind).save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), ["a", "b", "c"], further=lambda config: in_four_bits(config, "cpu"))
+    model = load_model(
+        str(tmp_path), ["a", "b", "c"], further=lambda config: in_four_bits(config, "cpu", "fp32")
+    )
     adapted = add_adapters(model, rank=4).eval()
     _move(adapted)
     expected = _logits(adapted)
@@ -164,6 +166,11 @@ def test_adapters_on_four_bit_weights_merge_into_fp32_weights_that_compute_the_s
     torch.testing.assert_close(
         _logits(load_model(str(tmp_path / "merged"), ["a", "b", "c"])), _logits(merged)
     )
+
+
+def test_layers_that_have_no_four_bit_form_are_refused():
+    with pytest.raises(DistillError, match="a gpt2 have no 4-bit form; use --lora"):
+        in_four_bits(FAMILIES["gpt2"], "cpu", "fp32")
 
 
 @needs_bitsandbytes

@@ -32,8 +32,22 @@ def test_class_weights_equal_scikit_learns_balanced_weights():
 def test_the_loss_is_torchs_weighted_and_smoothed_cross_entropy():
     logits, labels = torch.randn(20, 3), torch.tensor(LABELS)
     weights = balanced_weights(LABELS, 3)
+    # Over all labels the balanced weights are 1 on average, so PyTorch's mean is the same.
     expected = F.cross_entropy(logits, labels, weight=weights, label_smoothing=0.1)
     torch.testing.assert_close(focal_loss(logits, labels, weights, 0.1, 0.0), expected)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_a_step_in_parts_has_the_gradient_of_the_whole(gamma):
+    logits, labels = torch.randn(20, 3, requires_grad=True), torch.tensor(LABELS)
+    weights = balanced_weights(LABELS, 3)
+    (whole,) = torch.autograd.grad(focal_loss(logits, labels, weights, 0.0, gamma), logits)
+    parts = [
+        focal_loss(logits[row : row + 1], labels[row : row + 1], weights, 0.0, gamma) / 20
+        for row in range(20)
+    ]
+    (summed,) = torch.autograd.grad(sum(parts), logits)
+    torch.testing.assert_close(summed, whole)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -43,9 +57,16 @@ def test_the_focal_loss_is_its_papers_and_differentiable(weighted):
     weights = balanced_weights(LABELS, 3).double() if weighted else None
     probability = torch.softmax(logits, dim=1)[range(20), labels]
     share = weights[labels] if weighted else torch.ones(20, dtype=torch.float64)
-    expected = -(share * (1 - probability) ** 2 * probability.log()).sum() / share.sum()
+    expected = -(share * (1 - probability) ** 2 * probability.log()).mean()
     torch.testing.assert_close(focal_loss(logits, labels, weights, 0.0, 2.0), expected)
     assert torch.autograd.gradcheck(lambda z: focal_loss(z, labels, weights, 0.1, 2.0), (logits,))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_a_text_that_is_surely_right_has_no_gradient_and_not_nan(gamma):
+    logits = torch.tensor([[30.0, 0.0]], requires_grad=True)
+    focal_loss(logits, torch.tensor([0]), None, 0.0, gamma).backward()
+    assert logits.grad.abs().max() < 1e-6
 
 
 def test_the_manifest_says_what_was_done_and_the_files_match_it(chain):
