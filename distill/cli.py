@@ -110,7 +110,9 @@ def _by_parameter(path: Path, name: str, options: dict[str, Any], command: click
             )
         if isinstance(value, dict) or (isinstance(value, list) and not parameter.multiple):
             raise click.UsageError(f"{path}: [{name}] {key}: one value is needed, not {value}")
-        renamed[str(parameter.name)] = value
+        renamed[str(parameter.name)] = (
+            [value] if parameter.multiple and not isinstance(value, list) else value
+        )
     return renamed
 
 
@@ -129,9 +131,9 @@ def cli(ctx: click.Context, config: Path | None, verbose: bool) -> None:
     if path.is_file():
         defaults = _defaults(path)
         name = ctx.invoked_subcommand
-        command = cli.get_command(ctx, name) if name else None
-        if command is not None and hasattr(command, "defaults"):
-            defaults[str(name)] = command.defaults(defaults, partial(_by_parameter, path))
+        command: Any = cli.get_command(ctx, name) if name else None
+        if command is not None and name == "tune":
+            defaults[name] = command.default_map(defaults, partial(_by_parameter, path))
         elif command is not None and name and name in defaults:
             defaults[name] = _by_parameter(path, name, defaults[name], command)
         ctx.default_map = {**(ctx.default_map or {}), **defaults}

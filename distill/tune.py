@@ -16,7 +16,7 @@ from distill.errors import DistillError
 from distill.options import POSITIVE, RATE, say_loading
 
 logger = logging.getLogger(__name__)
-# Stage: where its command is, what trains with its options and gives a `Trained`, and what is searched.
+# Stage: where its command is, what trains with its options and gives macro-F1, and what is searched.
 STAGES = {
     "train-teacher": (
         "distill.teacher.command",
@@ -51,7 +51,7 @@ OWN: list[click.Parameter] = [
     click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
 ]
 Rename = Callable[[str, dict[str, Any], click.Command], dict[str, Any]]
-NOT_TUNED = ("output", "overwrite", "resume", "as_json")
+NOT_TUNED = ("output", "overwrite", "resume", "as_json", "report_to", "folds")
 
 
 class TuneGroup(click.Group):
@@ -76,7 +76,7 @@ class TuneGroup(click.Group):
             "stays as typed. The first training has today's settings: distill.toml's, or the defaults.",
         )
 
-    def defaults(self, tables: dict[str, Any], rename: Rename) -> dict[str, Any]:
+    def default_map(self, tables: dict[str, Any], rename: Rename) -> dict[str, Any]:
         """Click's default_map out of distill.toml's [tune] and, by stage, out of the stage's own table."""
         own = rename("tune", tables.get("tune", {}), click.Command("tune", params=OWN))
         found = {}
@@ -136,41 +136,55 @@ def _tune(
     parameters = {str(one.name): one for one in context.command.params if str(one.name) in options}
     space = _space(stage, search, parameters)
     if options.get("speedup") or options.get("latency_budget"):
-        raise DistillError(
-            "tune: --speedup and --latency-budget would measure at every trial; give --layers instead"
-        )
+        if not options.get("layers") and "layers" not in space:
+            raise DistillError(
+                "tune: --speedup and --latency-budget would measure at every trial; give --layers instead"
+            )
+        options.update(speedup=None, latency_budget=None)
+    config = context.find_root().params["config"] or Path("distill.toml")
+    write_options(config, stage, {})  # what cannot be written is better known now
     say_loading()
 
     from distill import tuning
 
-    before = {name: options[name] for name in space if options[name] is not None}
-    fixed = {name: value for name, value in options.items() if name not in space}
-    distributions = _distributions(space, before, parameters)
+    distributions, before = _distributions(space, options, parameters)
     folder = output or Path("runs", "tune", stage)
     folder.mkdir(parents=True, exist_ok=True)
-    opened = tuning.open_study(
+    opened = tuning.open_search(
         storage or f"sqlite:///{folder / 'study.db'}",
         study or stage,
         options["seed"],
         before,
-        complete=len(before) == len(space),
-        fixed={**fixed, "search": space},
+        distributions,
+        {**{name: value for name, value in options.items() if name not in space}, "search": space},
     )
-    train = _trainer(stage, options, parameters)
-    found = tuning.search(opened, distributions, train, folder / "running", trials, hours and hours * 3600)
-    _write_report(opened, folder, stage, found)
+    level = logging.getLogger("distill").level
+    try:
+        train = _trainer(stage, options, parameters)
+        found = tuning.search(opened, train, folder / "running", trials, hours and hours * 3600)
+    except KeyboardInterrupt:
+        logger.warning("Stopped; the same command goes on")
+        raise
+    finally:
+        logging.getLogger("distill").setLevel(level)
+    _write_report(opened.study, folder, stage, found)
     if found.improved:
-        write_options(context.find_root().params["config"] or Path("distill.toml"), stage, found.best)
-    _show(found, stage, folder, as_json)
+        write_options(config, stage, found.best)
+    _show(found, stage, folder, config, as_json)
 
 
 def _distributions(
-    space: dict[str, str], before: dict[str, Any], parameters: dict[str, click.Parameter]
-) -> dict[str, Any]:
-    """Distributions of Optuna's for what to search; each has today's value in it."""
+    space: dict[str, str], options: dict[str, Any], parameters: dict[str, click.Parameter]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Distributions of Optuna's for what to search, and today's values, each of which is in its own.
+
+    Where an option is left out today, that is one of a list's values; in a range there is no such thing.
+    """
+    from optuna.distributions import CategoricalDistribution
+
     from distill.tuning import parse_space, with_value
 
-    found = {}
+    found, before = {}, {}
     for name, text in space.items():
         spelling = name.replace("_", "-")
 
@@ -181,9 +195,10 @@ def _distributions(
                 raise DistillError(f"--search {name}: {error.format_message()}") from error
 
         found[name] = parse_space(spelling, text, convert)
-        if name in before:
+        if options[name] is not None or isinstance(found[name], CategoricalDistribution):
+            before[name] = options[name]
             found[name] = with_value(found[name], before[name])
-    return found
+    return found, before
 
 
 def _trainer(
@@ -194,7 +209,10 @@ def _trainer(
     run = getattr(import_module(module), function)
 
     def train(values: dict[str, Any], place: Path) -> float:
-        exact = {name: parameters[name].type.convert(value, None, None) for name, value in values.items()}
+        exact = {
+            name: value if value is None else parameters[name].type.convert(value, None, None)
+            for name, value in values.items()
+        }
         try:
             return float(run(output=place, resume=True, **{**options, **exact}))
         finally:
@@ -211,11 +229,16 @@ def write_options(path: Path, stage: str, values: dict[str, Any]) -> None:
     import tomlkit
 
     document = tomlkit.parse(path.read_text(encoding="utf-8")) if path.is_file() else tomlkit.document()
+    if not values:
+        return
     table = document.setdefault(stage, tomlkit.table())
     for name, value in values.items():
         spelling = name.replace("_", "-")
         known = next((key for key in table if key.replace("_", "-") == spelling), spelling)
-        table[known] = value
+        if value is None:
+            table.pop(known, None)
+        else:
+            table[known] = value
     path.write_text(tomlkit.dumps(document), encoding="utf-8")
 
 
@@ -253,14 +276,16 @@ def _summary(found: Any) -> str:
             f"Today's settings stand: macro-F1 {found.before:.4f} on validation, and none of {found.trials} "
             f"trials was better{stopped}."
         )
-    before = f", {found.before:.4f} with the settings until now" if found.before is not None else ""
+    before = ", and there is nothing to hold it against: not everything that is searched has a value today"
+    if found.before is not None:
+        before = f", {found.before:.4f} with the settings until now"
     return (
         f"Best of {found.trials} trials{stopped}: macro-F1 {found.score:.4f} on validation{before}. "
         "The best of many flatters itself: expect less on new text."
     )
 
 
-def _show(found: Any, stage: str, folder: Path, as_json: bool) -> None:
+def _show(found: Any, stage: str, folder: Path, config: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({**asdict(found), "improved": found.improved}))
         return
@@ -269,5 +294,5 @@ def _show(found: Any, stage: str, folder: Path, as_json: bool) -> None:
         from distill.tuning import short
 
         values = ", ".join(f"{name.replace('_', '-')} {short(value)}" for name, value in found.best.items())
-        click.echo(f"distill.toml: [{stage}] {values}")
+        click.echo(f"{config}: [{stage}] {values}")
     click.echo(f"{folder / 'report.md'}: all trials, their history and what mattered")

@@ -1,6 +1,5 @@
 """Search over a stage's options: Optuna's trials, each a training that is scored on validation text alone."""
 
-import hashlib
 import json
 import logging
 import shutil
@@ -9,10 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+    json_to_distribution,
+)
 from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
@@ -23,6 +28,7 @@ logger = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 HEARTBEAT = 60  # seconds; a worker that is silent for twice that is taken for dead
 RETRIES = 3
+FAILURES = 3  # trials in a row
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 WIDE = 10  # a range whose ends are this many times apart is searched by its logarithm
@@ -45,6 +51,30 @@ class Tuned:
         return self.before is None or self.score > self.before
 
 
+@dataclass(frozen=True)
+class Search:
+    """A study and what it searches; `options` are all others, as JSON, which every worker must have alike."""
+
+    study: Any
+    space: dict[str, Distribution]
+    options: str
+
+    def claim(self) -> None:
+        """Hold later workers to these options and this space, once a trial has been finished with them."""
+        if "options" not in self.study.user_attrs:
+            space = {name: distribution_to_json(one) for name, one in self.space.items()}
+            self.study.set_user_attr("space", space)
+            self.study.set_user_attr("options", self.options)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def parse_space(name: str, text: str, convert: Callable[[str], Any]) -> Distribution:
     """Turn "1e-5..1e-4", "1..5" or "16,32,64" into a distribution.
 
@@ -54,7 +84,7 @@ def parse_space(name: str, text: str, convert: Callable[[str], Any]) -> Distribu
         DistillError: naming the option, if the text is neither a range nor a list, or holds a wrong value.
     """
     low, dots, high = text.partition("..")
-    if not dots:
+    if not dots or not _is_number(low) or not _is_number(high):
         values = [convert(part.strip()) for part in text.split(",")]
         if len(values) < 2:
             raise DistillError(f"--search {name}={text}: one value; give a range as 1..5, or a list as 1,2,5")
@@ -68,63 +98,144 @@ def parse_space(name: str, text: str, convert: Callable[[str], Any]) -> Distribu
     return FloatDistribution(float(first), float(last), log=wide)
 
 
-def open_study(
-    storage: str, name: str, seed: int, before: dict[str, Any], complete: bool, fixed: dict[str, Any]
-) -> Any:
+def open_search(
+    storage: str,
+    name: str,
+    seed: int,
+    before: dict[str, Any],
+    space: dict[str, Distribution],
+    fixed: dict[str, Any],
+) -> Search:
     """Open a study, or make it, with today's settings as its first trial.
 
     Args:
         storage: a database's URL, shared by all workers.
         name: of the study.
         seed: of the search, where this worker makes the study; others must not repeat its draws.
-        before: today's values of what is searched.
-        complete: whether it says so of everything.
-        fixed: all other options, which every worker must have alike.
+        before: today's values of what is searched, as far as there are any.
+        space: what to search, by option; that of the study, where trials have been finished.
+        fixed: all other options.
 
     Raises:
         DistillError: if the storage cannot be opened, or the study has other options.
     """
     from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+    from sqlalchemy.engine import make_url
 
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     try:
+        shown = make_url(storage).render_as_string(hide_password=True)
         shared = RDBStorage(
             storage,
             engine_kwargs={"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else None,
             heartbeat_interval=HEARTBEAT,
             failed_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
         )
-        study = optuna.create_study(
-            storage=shared,
-            study_name=name,
-            direction="maximize",
-            pruner=optuna.pruners.HyperbandPruner(),
-            load_if_exists=True,
-        )
+        study = _study(shared, name)
+        if _abandoned(study):
+            optuna.delete_study(study_name=name, storage=shared)
+            study = _study(shared, name)
     except Exception as error:  # database drivers raise many kinds
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DistillError(f"--storage {storage}: cannot be opened: {reason}") from error
-    fingerprint = json.dumps(fixed, sort_keys=True, default=str)
+        reason = " ".join(str(error).replace(storage, "").split())[:200] or type(error).__name__
+        raise DistillError(f"--storage: the database cannot be opened: {reason}") from error
+    options = json.dumps(fixed, sort_keys=True, default=str)
     earlier = study.user_attrs.get("options")
-    if earlier is None:
-        study.set_user_attr("options", fingerprint)
-        study.enqueue_trial(before, user_attrs={"before": complete})
-    elif earlier != fingerprint:
-        was, now = json.loads(earlier), json.loads(fingerprint)
-        name = next(key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key))
+    if earlier is not None and earlier != options:
+        was, now = json.loads(earlier), json.loads(options)
+        key = next(key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key))
         raise DistillError(
-            f"--storage {storage}: its study has {name.replace('_', '-')} {was.get(name)}, and now it is "
-            f"{now.get(name)}; give it as it was, or another --study or --output"
+            f"{shown}: the study {name} has {key.replace('_', '-')} {was.get(key)}, and now it is "
+            f"{now.get(key)}; give it as it was, or another --study or --output"
         )
+    if "space" in study.user_attrs:
+        kept: dict[str, Any] = study.user_attrs["space"]
+        space = {key: cast("Distribution", json_to_distribution(one)) for key, one in kept.items()}
+    fresh = not study.trials
+    live = (TrialState.COMPLETE, TrialState.WAITING, TrialState.RUNNING)
+    if not any(one.user_attrs.get("before") for one in study.get_trials(False, live)):
+        values = {key: value for key, value in before.items() if key in space}
+        study.enqueue_trial(values, user_attrs={"before": len(values) == len(space)})
     study.sampler = optuna.samplers.TPESampler(
-        seed=seed if earlier is None else None, multivariate=True, constant_liar=True
+        seed=seed if fresh else None, multivariate=True, constant_liar=True
     )
-    return study
+    return Search(study, space, options)
+
+
+def _study(storage: Any, name: str) -> Any:
+    pruner = optuna.pruners.HyperbandPruner()
+    return optuna.create_study(
+        storage=storage, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True
+    )
+
+
+def _abandoned(study: Any) -> bool:
+    """Whether trials only failed, none was interrupted, and nobody works on it: a start that went wrong."""
+    trials = study.trials
+    failed = [one for one in trials if one.state == TrialState.FAIL and not one.user_attrs.get("interrupted")]
+    return bool(failed) and all(one.state in (TrialState.FAIL, TrialState.WAITING) for one in trials)
+
+
+class _Worker:
+    """Runs trials: its call is what Optuna optimizes, `finished` what it is told after each."""
+
+    def __init__(
+        self, opened: Search, train: Callable[[dict[str, Any], Path], float], folder: Path, trials: int
+    ) -> None:
+        self.opened, self.train, self.folder, self.trials = opened, train, folder, trials
+        self.failed = 0  # in a row
+
+    def __call__(self, trial: Any) -> float:
+        """Train with the trial's values; those of a finished trial are not trained with again."""
+        values = {name: _draw_value(trial, name, one) for name, one in self.opened.space.items()}
+        shown = ", ".join(f"{name.replace('_', '-')} {short(value)}" for name, value in values.items())
+        logger.info("Trial %d of %d: %s", trial.number + 1, self.trials, shown)
+        complete = self.opened.study.get_trials(False, (TrialState.COMPLETE,))
+        for one in complete:
+            if one.params == values:
+                return float(one.value)
+        # A trial that is tried again inherits its folder, and finds its checkpoints there.
+        place = self.folder / trial.user_attrs.get("folder", f"trial-{trial.number + 1}")
+        trial.set_user_attr("folder", place.name)
+        try:
+            with _pruning(trial):
+                score = self.train(values, place / "run")
+        except KeyboardInterrupt:
+            self.opened.study.enqueue_trial(values, user_attrs=trial.user_attrs)
+            trial.set_user_attr("interrupted", True)
+            raise
+        except optuna.TrialPruned:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+        except (RuntimeError, DistillError) as error:
+            shutil.rmtree(place, ignore_errors=True)
+            if isinstance(error, DistillError) and not complete:
+                raise  # with values that have served it is of this trial, else of the command
+            self._failed(trial.number, error)
+            raise RuntimeError from error
+        shutil.rmtree(place, ignore_errors=True)
+        return score
+
+    def _failed(self, number: int, error: Exception) -> None:
+        self.failed += 1
+        reason = " ".join(str(error).split())[:200]
+        logger.warning("Trial %d: failed: %s", number + 1, reason)
+        if self.failed >= FAILURES:
+            raise DistillError(f"{FAILURES} trials in a row have failed, the last one: {reason}") from error
+
+    def finished(self, study: Any, trial: FrozenTrial) -> None:
+        """Say what came of it."""
+        if trial.state in DONE:
+            self.failed = 0
+            self.opened.claim()
+        if trial.state == TrialState.PRUNED:
+            logger.info("Trial %d: stopped early, macro-F1 %.4f", trial.number + 1, trial.value or 0)
+        elif trial.state == TrialState.COMPLETE:
+            best = max(one.value for one in study.get_trials(False, (TrialState.COMPLETE,)))
+            logger.info("Trial %d: validation macro-F1 %.4f (best %.4f)", trial.number + 1, trial.value, best)
 
 
 def search(
-    study: Any,
-    space: dict[str, Distribution],
+    opened: Search,
     train: Callable[[dict[str, Any], Path], float],
     folder: Path,
     trials: int,
@@ -133,48 +244,19 @@ def search(
     """Run trials until the study has enough of them; workers and earlier runs count.
 
     Args:
-        study: of `open_study`.
-        space: what to search, by option.
+        opened: of `open_search`.
         train: trains with the values of a trial, in a folder, and gives the best macro-F1 on validation.
         folder: for the folders of running trials.
         trials: how many the study is to have.
         seconds: when to begin no more trials.
 
     Raises:
-        DistillError: if no trial could be finished.
+        DistillError: if the first trial has wrong options, one after the other fails, or none is finished.
     """
-
-    def objective(trial: Any) -> float:
-        values = {name: _draw_value(trial, name, distribution) for name, distribution in space.items()}
-        shown = ", ".join(f"{name.replace('_', '-')} {short(value)}" for name, value in values.items())
-        logger.info("Trial %d of %d: %s", trial.number + 1, trials, shown)
-        # A trial that was killed is tried again with the same values, and finds its checkpoints.
-        place = folder / hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:12]
-        interrupted = False
-        try:
-            with _pruning(trial):
-                return train(values, place / "run")
-        except KeyboardInterrupt:
-            study.enqueue_trial(values, user_attrs=trial.user_attrs)
-            interrupted = True
-            raise
-        except RuntimeError as error:
-            logger.warning("Trial %d: failed: %s", trial.number + 1, " ".join(str(error).split())[:200])
-            raise
-        finally:
-            if not interrupted:
-                shutil.rmtree(place, ignore_errors=True)
-
-    def finished(study: Any, trial: FrozenTrial) -> None:
-        if trial.state == TrialState.PRUNED:
-            logger.info("Trial %d: stopped early, macro-F1 %.4f", trial.number + 1, trial.value or 0)
-        elif trial.state == TrialState.COMPLETE:
-            best = max(one.value for one in study.get_trials(False, (TrialState.COMPLETE,)))
-            logger.info("Trial %d: validation macro-F1 %.4f (best %.4f)", trial.number + 1, trial.value, best)
-
+    study, worker = opened.study, _Worker(opened, train, folder, trials)
     enough = MaxTrialsCallback(trials, states=DONE)
     if len(study.get_trials(False, DONE)) < trials:
-        study.optimize(objective, timeout=seconds, callbacks=[finished, enough], catch=(RuntimeError,))
+        study.optimize(worker, timeout=seconds, callbacks=[worker.finished, enough], catch=(RuntimeError,))
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
         raise DistillError("no trial was finished: the lines above say why")
@@ -209,6 +291,8 @@ def with_value(distribution: Distribution, value: Any) -> Distribution:
 
 def short(value: Any) -> str:
     """A value as one reads it."""
+    if value is None:
+        return "left out"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
