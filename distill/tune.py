@@ -156,7 +156,11 @@ def _tune(
         options["seed"],
         before,
         distributions,
-        {**{name: value for name, value in options.items() if name not in space}, "search": space},
+        {
+            **{name: value for name, value in options.items() if name not in space},
+            **_contents(options),
+            "search": space,
+        },
     )
     level = logging.getLogger("distill").level
     try:
@@ -171,6 +175,23 @@ def _tune(
     if found.improved:
         write_options(config, stage, found.best)
     _show(found, stage, folder, config, as_json)
+
+
+def _contents(options: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of the data's files and of the teacher: scores on other ones are no part of the same search."""
+    from distill.artifact import sha256
+    from distill.bundle import MANIFEST
+
+    files: dict[str, list[Path]] = {}
+    if options.get("data"):
+        source = Path(options["data"])
+        files["data"] = [source] if source.is_file() else sorted(source.glob("*.*"))
+    if options.get("teacher"):
+        files["teacher"] = [Path(options["teacher"], MANIFEST)]
+    return {
+        f"content of {name}": ", ".join(sha256(path)[:16] for path in paths if path.is_file())
+        for name, paths in files.items()
+    }
 
 
 def _distributions(

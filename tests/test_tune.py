@@ -296,3 +296,24 @@ def test_a_student_is_tuned(run, here, chain):
     assert "trials" in result.stdout and "nothing to hold it against" not in result.stdout
     assert "macro_f1" in Path("runs/tune/train-student/trials.csv").read_text()
     assert "temperature" in Path("runs/tune/train-student/trials.csv").read_text()
+
+
+@pytest.mark.slow
+def test_a_search_over_data_that_has_changed_is_refused(run, here, chain):
+    Path("d.csv").write_text(chain.data.read_text())
+    base = (
+        "tune",
+        "train-teacher",
+        "--data",
+        "d.csv",
+        "--model",
+        str(chain.checkpoint),
+        "--trials",
+        "1",
+        "--max-steps",
+        "1",
+    )
+    assert run(*base).exit_code == 0
+    Path("d.csv").write_text(chain.data.read_text() + "one more lovely phone,positive\n")
+    result = run(*base)
+    assert result.exit_code == 1 and "has content of data" in result.stderr
