@@ -316,25 +316,13 @@ def draw(study: Any, folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from optuna.importance import get_param_importances
+    from optuna.visualization.matplotlib import plot_optimization_history, plot_param_importances
 
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
-    numbers, scores = [one.number + 1 for one in complete], [one.value for one in complete]
-    axes.plot(numbers, scores, "o", color="#4477aa", label="a trial")
-    best = [max(scores[: index + 1]) for index in range(len(scores))]
-    axes.step(numbers, best, where="post", color="#ee6677", label="best so far")
-    axes.set(xlabel="trial", ylabel="macro-F1 on validation")
-    axes.legend(frameon=False)
-    figure.savefig(folder / "history.svg")
-    pyplot.close(figure)
-    if len(complete) < 4 or len(set(scores)) < 2:
-        return
-    shares = get_param_importances(study)
-    figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.4 * len(shares)), layout="constrained")
-    names = [name.replace("_", "-") for name in shares][::-1]
-    axes.barh(names, list(shares.values())[::-1], color="#4477aa")
-    axes.set(xlabel="share of the differences between trials")
-    figure.savefig(folder / "importance.svg")
-    pyplot.close(figure)
+    pictures: dict[str, Any] = {"history": plot_optimization_history}
+    scores = [one.value for one in study.get_trials(False, (TrialState.COMPLETE,))]
+    if len(scores) >= 4 and len(set(scores)) > 1:
+        pictures["importance"] = plot_param_importances
+    for name, plot in pictures.items():
+        figure: Any = plot(study, target_name="macro-F1 on validation").figure
+        figure.savefig(folder / f"{name}.svg", bbox_inches="tight")
+        matplotlib.pyplot.close(figure)

@@ -105,8 +105,6 @@ class _Fitted:
     data: Data
     tokenizer: Any
     trained: Trained
-    recipe: dict[str, Any]
-    labels: list[str]
     made: dict[str, int]
     parent: str
     teacher_temperature: float
@@ -123,7 +121,6 @@ def _fit(options: StudentOptions) -> _Fitted:
     columns = Columns(options.text_column or data.columns.text, data.columns.text_pair)
     held_out = {text_id for split in EVALUATED for text_id in data.splits[split]["id"]}
     unlabeled = [unlabeled_text(options.unlabeled, columns, held_out)] if options.unlabeled else []
-    recipe = options.recipe()
     corpus = concatenate_datasets([data.splits["train"].remove_columns("label"), *unlabeled])
     budget = budget_of(options.augment, len(data.splits["train"])) if options.augment else 0
     model, tokenizer = _build(options, teacher, texts_of(data.splits["validation"]))
@@ -131,7 +128,7 @@ def _fit(options: StudentOptions) -> _Fitted:
     resume_from = prepare_checkpoints(
         options,
         {
-            **recipe,
+            **options.recipe(),
             "layers_kept": int(model.config.num_hidden_layers),
             "teacher_hash": parent,
             "data_fingerprint": data.fingerprint,
@@ -166,7 +163,7 @@ def _fit(options: StudentOptions) -> _Fitted:
         )
 
     trained = fit(model, tokenizer, train, validation, options, loss, "Student", resume_from)
-    return _Fitted(data, tokenizer, trained, recipe, teacher.labels, extra, parent, temperature)
+    return _Fitted(data, tokenizer, trained, extra, parent, temperature)
 
 
 def train_student(options: StudentOptions) -> Manifest:
@@ -190,14 +187,12 @@ def train_student(options: StudentOptions) -> Manifest:
     truth = {split: np.asarray(data.splits[split]["label"]) for split in EVALUATED}
     manifest = Manifest(
         stage="train-student",
-        labels=fitted.labels,
-        options={k: str(v) if isinstance(v, Path) else v for k, v in fitted.recipe.items()},
+        labels=data.labels,
+        options={k: str(v) if isinstance(v, Path) else v for k, v in options.recipe().items()},
         seed=options.seed,
         data={**data.manifest(), **fitted.made},
         parents=[{"path": str(options.teacher), "manifest_sha256": fitted.parent}],
-        metrics={
-            s: score(truth[s], predictions[s].argmax(1), len(fitted.labels)).summary() for s in EVALUATED
-        },
+        metrics={s: score(truth[s], predictions[s].argmax(1), len(data.labels)).summary() for s in EVALUATED},
         max_length=tokenizer.model_max_length,
         parameters=count_parameters(trained.model),
         device=trained.device,

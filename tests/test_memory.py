@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_configs
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 from distill import memory, training
 from distill.errors import DistillError
 from distill.memory import Footprint, Plan, measure, plan, smaller
+from distill.predictions import read_predictions
 from distill.trainer import LossTrainer
 
 GIB = 2**30
@@ -118,7 +120,7 @@ def test_a_model_that_cannot_compute_layers_again_is_not_asked_to():
 
 def test_what_was_asked_for_is_kept():
     assert plan(BASE, 32, 2, True, 32 * GIB) == Plan(32, 2, True, "adamw", BASE.peak(32, 2, True))
-    assert plan(BASE, 12, 1, False, 4 * GIB).micro_batch in (12, 6)
+    assert plan(BASE, 12, 1, False, 4 * GIB) == Plan(12, 1, True, "adamw", BASE.peak(12, 1, True))
 
 
 def test_a_model_that_cannot_fit_is_refused_with_what_it_takes():
@@ -147,12 +149,16 @@ def _options(folder, data_file, checkpoint, **changes):
     )
 
 
+def _logits(folder):
+    return read_predictions(folder / "runs" / "t", "test")["teacher"].logits
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 4, 20], ids=["first step", "first epoch", "after a checkpoint"])
 def test_out_of_memory_is_tried_again_in_smaller_batches_and_ends_the_same(
     tmp_path, data_file, checkpoint, monkeypatch, caplog, at
 ):
-    whole = train_teacher(_options(tmp_path / "whole", data_file, checkpoint))
+    train_teacher(_options(tmp_path / "whole", data_file, checkpoint))
     original, calls = LossTrainer.compute_loss, []
 
     def fails(self, model, inputs, *arguments, **named):
@@ -164,10 +170,10 @@ def test_out_of_memory_is_tried_again_in_smaller_batches_and_ends_the_same(
 
     monkeypatch.setattr(LossTrainer, "compute_loss", fails)
     monkeypatch.setattr(training, "KEEPING_START", ("cpu",))
-    found = train_teacher(_options(tmp_path / "cut", data_file, checkpoint))
+    train_teacher(_options(tmp_path / "cut", data_file, checkpoint))
     assert calls[at - 1] == 16 and set(calls[at:]) == {8}
     assert "out of memory; again with 8 texts at a time" in caplog.text
-    assert found.metrics["test"]["macro_f1"] == pytest.approx(whole.metrics["test"]["macro_f1"], abs=0.05)
+    np.testing.assert_allclose(_logits(tmp_path / "cut"), _logits(tmp_path / "whole"), atol=1e-3)
 
 
 @pytest.mark.slow
@@ -175,7 +181,7 @@ def test_a_training_is_cut_to_the_memory_that_there_is_and_says_so(
     tmp_path, data_file, checkpoint, monkeypatch, caplog
 ):
     caplog.set_level("INFO")
-    whole = train_teacher(_options(tmp_path / "whole", data_file, checkpoint))
+    train_teacher(_options(tmp_path / "whole", data_file, checkpoint))
     seen = []
     original = LossTrainer.compute_loss
     monkeypatch.setattr(
@@ -189,7 +195,7 @@ def test_a_training_is_cut_to_the_memory_that_there_is_and_says_so(
     monkeypatch.setattr(training, "available", lambda device: 800)
     found = train_teacher(_options(tmp_path / "cut", data_file, checkpoint))
     assert max(seen) <= 8 and "texts at a time" in caplog.text and "GiB by estimate" in caplog.text
-    assert found.metrics["test"]["macro_f1"] == pytest.approx(whole.metrics["test"]["macro_f1"], abs=0.05)
+    np.testing.assert_allclose(_logits(tmp_path / "cut"), _logits(tmp_path / "whole"), atol=1e-3)
     assert found.details["steps"] == {
         "micro_batch": 8,
         "accumulation": 2,
