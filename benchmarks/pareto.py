@@ -131,12 +131,12 @@ def evaluate(student: str, depths: Sequence[int]) -> dict[str, Any]:
         )
     }
     rows: dict[str, dict[str, Any]] = {"teacher": {}}
-    predicted = {"teacher": read_predictions(Path("runs/teacher"), "test")["teacher"].predicted}
+    predicted = {"teacher": read_predictions(Path("runs/teacher"), "test")["teacher"].logits.argmax(axis=1)}
     rows["teacher"]["bytes"] = Path("runs/teacher/model.safetensors").stat().st_size
     for name in _students(depths):
         folder = Path("runs", f"{name}_int8")
-        predicted[name] = read_predictions(folder, "test")["int8"].predicted
-        unquantized = read_predictions(Path("runs", name), "test")["student"].predicted
+        predicted[name] = read_predictions(folder, "test")["int8"].logits.argmax(axis=1)
+        unquantized = read_predictions(Path("runs", name), "test")["student"].logits.argmax(axis=1)
         rows[name] = {
             "bytes": (folder / INT8).stat().st_size,
             "macro_f1_pytorch": score(truth, unquantized, classes).macro_f1,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.bundle import MANIFEST, seal_manifest
+from distill.decision import SINGLE_LABEL
 from distill.errors import DistillError
 
 SCHEMA_VERSION = 1
@@ -55,6 +56,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     created: str = ""
+    problem_type: str = SINGLE_LABEL
     schema_version: int = SCHEMA_VERSION
     sha256: str = ""
 

@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from distill.metrics import Labels, softmax
+from distill.decision import Decision, Labels, Logits, fit_thresholds, softmax
 
-Logits = NDArray[np.floating[Any]]
 BINS = 15
 BINNING = f"{BINS} equal-width bins of the top label's probability"
 PRIOR_DEVIATION = 0.5
@@ -43,20 +42,37 @@ class Calibration:
         return asdict(self)
 
 
+def _as_classes(logits: Logits, labels: Labels) -> tuple[Logits, NDArray[np.int64]]:
+    """In a multi-label problem each label of each text is a question of its own, with the classes no and yes.
+
+    The softmax of the logits 0 and z is the sigmoid of z. Shapes (n * labels, 2) and (n * labels,).
+    """
+    if labels.ndim == 1:
+        return logits, labels
+    return np.stack([np.zeros(logits.size), logits.ravel()], axis=1), labels.ravel().astype(np.int64)
+
+
 def nll(logits: Logits, labels: Labels, temperature: float = 1.0) -> float:
-    """Mean negative log-likelihood of `labels`, shape (n,), under softmax(logits / temperature)."""
+    """Mean negative log-likelihood of `labels` under the probabilities of logits / temperature, in nats.
+
+    In a multi-label problem the mean is over all labels of all texts.
+    """
+    logits, labels = _as_classes(logits, labels)
     scaled = np.asarray(logits, dtype=np.float64) / temperature
     return float(-log_softmax(scaled, axis=1)[np.arange(len(labels)), labels].mean())
 
 
 def calibration(logits: Logits, labels: Labels, temperature: float = 1.0) -> Calibration:
-    """Measure the calibration of softmax(logits / temperature).
+    """Measure the calibration of the probabilities of logits / temperature.
+
+    In a multi-label problem every label of every text counts as a question with the classes no and yes.
 
     Args:
         logits: shape (n, classes).
-        labels: true classes, shape (n,).
+        labels: true classes, shape (n,) or (n, classes).
         temperature: see `fit_temperature`.
     """
+    logits, labels = _as_classes(logits, labels)
     probabilities = softmax(logits, temperature)
     top = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == labels
@@ -87,7 +103,7 @@ def fit_temperature(logits: Logits, labels: Labels) -> float:
 
     Args:
         logits: shape (n, classes), of texts that the model was not trained on.
-        labels: true classes, shape (n,).
+        labels: true classes, shape (n,) or (n, classes).
     """
     low, high = TEMPERATURES
     weight = 1 / (2 * PRIOR_DEVIATION**2 * len(labels))
@@ -97,6 +113,11 @@ def fit_temperature(logits: Logits, labels: Labels) -> float:
         method="bounded",
     )
     return float(np.exp(found.x))
+
+
+def fit_decision(logits: Logits, labels: Labels) -> Decision:
+    """Fit temperature and thresholds to held-out text: what `fit_temperature` and `fit_thresholds` give."""
+    return Decision(fit_temperature(logits, labels), fit_thresholds(logits, labels))
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def find_duplicates(splits: dict[str, Dataset], findings: list[Finding]) -> dict
     """
     ids = {name: np.asarray(dataset["id"]) for name, dataset in splits.items()}
     for name, dataset in splits.items():
-        labels = np.asarray(dataset["label"])
+        labels = np.asarray([str(label) for label in dataset["label"]])
         order = np.argsort(ids[name], kind="stable")
         same = ids[name][order][1:] == ids[name][order][:-1]
         repeated = np.sort(order[1:][same])

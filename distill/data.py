@@ -4,6 +4,7 @@ import hashlib
 import logging
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
 
 from distill.checks import Finding, find_duplicates, report_findings
+from distill.decision import MULTI_LABEL, SINGLE_LABEL
 from distill.errors import DistillError
 from distill.sources import Columns, read_file, read_source
 
@@ -24,8 +26,9 @@ HELD_OUT = 0.1
 class Data:
     """Validated data: `splits` has train, validation and test with columns id, text, (text_pair,) label.
 
-    `label` is an index into `labels`; `id` is a hash of the text. `fingerprint` changes with any text,
-    label or assignment to a split.
+    `label` is an index into `labels`, or in a multi-label problem a list with 1 for every label that the text
+    has and 0 for the others; `id` is a hash of the text. `fingerprint` changes with any text, label or
+    assignment to a split.
     """
 
     source: str
@@ -35,6 +38,11 @@ class Data:
     seed: int
     findings: list[Finding] = field(default_factory=list)
     fingerprint: str = ""
+
+    @property
+    def problem_type(self) -> str:
+        """As a Hugging Face configuration calls it."""
+        return SINGLE_LABEL if self.columns.separator is None else MULTI_LABEL
 
     def manifest(self) -> dict[str, Any]:
         """What a manifest says about the data; enough to load the same splits again."""
@@ -46,6 +54,12 @@ class Data:
             "rows": {name: len(split) for name, split in self.splits.items()},
             "findings": [asdict(finding) for finding in self.findings],
         }
+
+
+def _each_label(dataset: Dataset) -> Iterator[str]:
+    """Every label of every text."""
+    for label in dataset["label"]:
+        yield from (label,) if isinstance(label, str) else label
 
 
 def _drop_unusable(split: str, dataset: Dataset, findings: list[Finding]) -> Dataset:
@@ -68,8 +82,8 @@ def _drop_unusable(split: str, dataset: Dataset, findings: list[Finding]) -> Dat
     return dataset if len(keep) == len(dataset) else dataset.select(keep)
 
 
-def _label_names(splits: dict[str, Dataset]) -> list[str]:
-    counts = {split: Counter(dataset["label"]) for split, dataset in splits.items()}
+def _label_names(splits: dict[str, Dataset], separator: str | None, findings: list[Finding]) -> list[str]:
+    counts = {split: Counter(_each_label(dataset)) for split, dataset in splits.items()}
     names = sorted(set().union(*counts.values()))
     if all(re.fullmatch(r"-?\d+", name) for name in names):
         names.sort(key=int)
@@ -79,14 +93,25 @@ def _label_names(splits: dict[str, Dataset]) -> list[str]:
     if rows > 20 and len(counts["train"]) > rows / 2:
         raise DistillError(
             f"--data: {len(counts['train'])} different labels in {rows} rows are no classes; "
-            "name the column that holds them with --label-column"
+            "name the column that holds them with --label-column, or, if a text may have several labels, add "
+            "--multi-label"
         )
+    joined = [name for name in names if "|" in name and set(name.split("|")) <= set(names)]
+    if joined and separator is None:
+        findings.append(
+            Finding(
+                "label made of others", "train", len(joined), joined[:3], "kept as one; add --multi-label?"
+            )
+        )
+    for split, dataset in splits.items():
+        if separator is not None and (none := sum(not label for label in dataset["label"])):
+            findings.append(Finding("no label", split, none, ["the value is empty"], "kept: none applies"))
     return names
 
 
 def _find_unseen(splits: dict[str, Dataset], findings: list[Finding]) -> None:
     """Report labels that no training text has."""
-    counts = {split: Counter(dataset["label"]) for split, dataset in splits.items()}
+    counts = {split: Counter(_each_label(dataset)) for split, dataset in splits.items()}
     held_out = counts["validation"] + counts["test"]
     unseen = sorted(set(held_out) - set(counts["train"]))
     if unseen:
@@ -97,8 +122,17 @@ def _find_unseen(splits: dict[str, Dataset], findings: list[Finding]) -> None:
 
 
 def _split(dataset: Dataset, missing: list[str], seed: int, findings: list[Finding]) -> dict[str, Dataset]:
-    """Take a stratified tenth of every class for each missing split; the rest stays for training."""
-    labels = np.asarray(dataset["label"])
+    """Take a stratified tenth of every class for each missing split; the rest stays for training.
+
+    A text with several labels goes by the rarest of them.
+    """
+    counts = Counter(_each_label(dataset))
+    labels = np.array(
+        [
+            label if isinstance(label, str) else min(label, key=lambda one: (counts[one], one), default="")
+            for label in dataset["label"]
+        ]
+    )
     generator = np.random.default_rng(seed)
     chosen: dict[str, list[NDArray[np.int64]]] = {name: [] for name in ["train", *missing]}
     small: list[str] = []
@@ -161,7 +195,7 @@ def load_data(
     if not len(raw["train"]):
         raise DistillError(f"--data {source}: no row of the training split has both a text and a label")
     splits = {name: dataset for name, dataset in raw.items() if len(dataset)}
-    names = _label_names(splits)
+    names = _label_names(splits, columns.separator, findings)
     unknown = [name for name in names if labels is not None and name not in labels]
     if unknown:
         raise DistillError(
@@ -183,7 +217,10 @@ def load_data(
     index = {name: position for position, name in enumerate(names)}
     ready = DatasetDict()
     for name in ("train", "validation", "test"):
-        numbers = [index[label] for label in splits[name]["label"]]
+        numbers = [
+            index[label] if isinstance(label, str) else [int(one in label) for one in names]
+            for label in splits[name]["label"]
+        ]
         ready[name] = splits[name].remove_columns(["label", "line"]).add_column("label", numbers)
     data = Data(source, ready, names, columns, seed, findings)
     digest = hashlib.sha256("\n".join(names).encode())
@@ -193,7 +230,8 @@ def load_data(
     data.fingerprint = digest.hexdigest()
     if not quiet:
         rows = ", ".join(f"{name} {len(dataset):,}" for name, dataset in ready.items())
-        logger.info("%s: %s texts; %d classes", source, rows, len(names))
+        kind = "classes" if columns.separator is None else "labels, any number of them a text"
+        logger.info("%s: %s texts; %d %s", source, rows, len(names), kind)
         report_findings(findings)
     return data
 

@@ -1,4 +1,4 @@
-"""Scores of a classifier, all derived from its confusion matrix."""
+"""Scores of a classifier, all derived from counts of its answers."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -6,14 +6,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Labels = NDArray[np.int64]
+from distill.decision import Labels, same
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Per-class scores and their averages; every score in 0 to 1, classes in label order."""
+    """Per-class scores and their averages; every score in 0 to 1, classes in label order.
+
+    Attributes:
+        accuracy: share of texts that are answered right: in a multi-label problem, every label of them.
+        micro_f1: F1 over all labels of all texts; where a text has one label it equals the accuracy.
+        confusion: texts by true class (rows) and answer (columns), or, in a multi-label problem, for every
+            label a matrix of its own: by whether they have it (rows) and whether it was given (columns).
+    """
 
     accuracy: float
+    micro_f1: float
     macro_precision: float
     macro_recall: float
     macro_f1: float
@@ -24,11 +32,12 @@ class Scores:
     recall: list[float]
     f1: list[float]
     support: list[int]
-    confusion: list[list[int]]
+    confusion: list[Any]
 
     def summary(self) -> dict[str, float]:
-        """The two figures that training reports."""
-        return {"accuracy": self.accuracy, "macro_f1": self.macro_f1}
+        """The figures that training reports."""
+        found = {"accuracy": self.accuracy, "macro_f1": self.macro_f1}
+        return found if np.ndim(self.confusion) == 2 else {**found, "micro_f1": self.micro_f1}
 
     def as_dict(self) -> dict[str, Any]:
         """All figures, ready for JSON."""
@@ -36,8 +45,16 @@ class Scores:
 
 
 def confusion_matrix(labels: Labels, predictions: Labels, classes: int) -> NDArray[np.int64]:
-    """Count pairs; rows are true labels, columns predictions. Shape (classes, classes)."""
-    return np.bincount(labels * classes + predictions, minlength=classes * classes).reshape(classes, classes)
+    """Count texts; rows are true labels, columns predictions.
+
+    Shape (classes, classes), or, in a multi-label problem, (classes, 2, 2).
+    """
+    if labels.ndim == 1:
+        counts = np.bincount(labels * classes + predictions, minlength=classes * classes)
+        return counts.reshape(classes, classes)
+    truth, given = labels.astype(bool), predictions.astype(bool)
+    cells = [truth_is & given_is for truth_is in (~truth, truth) for given_is in (~given, given)]
+    return np.stack([cell.sum(axis=0) for cell in cells], axis=1).reshape(classes, 2, 2)
 
 
 def _ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -70,14 +87,16 @@ def score(labels: Labels, predictions: Labels, classes: int) -> Scores:
     """Score predictions against true labels; macro averages as in `f1_scores`.
 
     Args:
-        labels: true classes, shape (n,), in 0..classes-1.
-        predictions: predicted classes, shape (n,).
+        labels: true classes, shape (n,), in 0..classes-1; in a multi-label problem shape (n, classes).
+        predictions: of the same shape.
         classes: number of classes.
     """
     confusion = confusion_matrix(labels, predictions, classes)
-    hits = np.diag(confusion).astype(float)
-    support = confusion.sum(axis=1).astype(float)
-    predicted = confusion.sum(axis=0).astype(float)
+    if labels.ndim == 1:
+        counts = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    else:
+        counts = confusion[:, 1, 1], confusion[:, 1].sum(axis=1), confusion[:, :, 1].sum(axis=1)
+    hits, support, predicted = (one.astype(float) for one in counts)
     precision, recall = _ratio(hits, predicted), _ratio(hits, support)
     f1, macro_f1 = f1_scores(hits, support, predicted)
     present = (support + predicted) > 0
@@ -87,7 +106,8 @@ def score(labels: Labels, predictions: Labels, classes: int) -> Scores:
         return float(values[present].mean()) if present.any() else 0.0
 
     return Scores(
-        accuracy=float(hits.sum() / max(support.sum(), 1.0)),
+        accuracy=float(same(labels, predictions).mean()) if len(labels) else 0.0,
+        micro_f1=float(2 * hits.sum() / max(support.sum() + predicted.sum(), 1.0)),
         macro_precision=macro(precision),
         macro_recall=macro(recall),
         macro_f1=float(macro_f1),
@@ -100,10 +120,3 @@ def score(labels: Labels, predictions: Labels, classes: int) -> Scores:
         support=support.astype(int).tolist(),
         confusion=confusion.tolist(),
     )
-
-
-def softmax(logits: NDArray[Any], temperature: float = 1.0) -> NDArray[np.float64]:
-    """Softmax of logits / temperature along the last axis, in float64."""
-    scaled = np.asarray(logits, dtype=np.float64) / temperature
-    exponents = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))

@@ -13,6 +13,7 @@ import transformers
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from distill.decision import SINGLE_LABEL
 from distill.errors import DistillError
 from distill.first_token import first_token_only
 from distill.sources import parts_of
@@ -118,6 +119,7 @@ def load_model(
     option: str = "--model",
     dropout: float | None = None,
     further: Callable[[Any], dict[str, Any]] | None = None,
+    problem_type: str = SINGLE_LABEL,
 ) -> Any:
     """Load a sequence classifier in fp32 with a head for `labels`: safetensors alone, no remote code.
 
@@ -127,6 +129,7 @@ def load_model(
         option: the option that named the checkpoint, for error messages.
         dropout: put in place of every dropout probability of the checkpoint's configuration.
         further: gives more arguments of `from_pretrained` for a configuration.
+        problem_type: what the configuration says that the logits mean.
     """
     with loading(checkpoint, option):
         config = AutoConfig.from_pretrained(
@@ -134,7 +137,7 @@ def load_model(
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
-            problem_type="single_label_classification",
+            problem_type=problem_type,
             trust_remote_code=False,
         )
         if getattr(config, "pad_token_id", None) is None:

@@ -36,6 +36,10 @@ def column_options(function: Callable) -> Callable:
             click.option("--text-column", help="Column with the text [found by its usual names]."),
             click.option("--text-pair-column", help="Column with a second text, for pairs."),
             click.option("--label-column", help="Column with the label [found by its usual names]."),
+            click.option("--multi-label", is_flag=True, help="A text may have several labels, or none."),
+            click.option(
+                "--label-separator", default="|", help="What stands between the labels of a text in CSV."
+            ),
         ],
     )
 

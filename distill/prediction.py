@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import click
-import numpy as np
 
 from distill.errors import DistillError
 from distill.files import SURROGATE, TEXT_COLUMNS, find_column, read_csv, read_jsonl, read_lines, read_rows
 
 Row = dict[str, Any]
+SEPARATOR = "|"
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
 
 
@@ -119,6 +119,15 @@ def _target(source: str, output: Path | None, as_json: bool, overwrite: bool) ->
     return target
 
 
+def _answer(found: str | list[str], probabilities: dict[str, float], form: str, as_json: bool) -> Row:
+    """What is added to a row: several labels, and their scores, are lists, or joined in a table."""
+    score: Any = probabilities[found] if isinstance(found, str) else [probabilities[one] for one in found]
+    answer: Row = {"prediction": found, "score": score}
+    if form != "jsonl" and isinstance(found, list):
+        answer = {"prediction": SEPARATOR.join(found), "score": SEPARATOR.join(map(str, score))}
+    return {**answer, "probabilities": probabilities} if as_json else answer
+
+
 @click.command("predict")
 @click.argument("source", default="-")
 @click.option(
@@ -154,7 +163,8 @@ def predict(
 ) -> None:
     """Classify texts from SOURCE: a CSV, TSV, JSONL or Parquet file, or - for standard input.
 
-    Every row comes back with `prediction` and `score` added, in order. Rows are read ahead: an answer is
+    Every row comes back with `prediction` and `score` added, in order; several labels of a text, and their
+    scores, are joined with "|". Rows are read ahead: an answer is
     written when the next row is there, and at once with --threads 1.
     """
     from distill.runtime import Classifier
@@ -174,14 +184,7 @@ def predict(
             taken = [column for column in added if column in row]
             if taken:
                 raise DistillError(f"{name}: already has a column {taken[0]!r}; rename it")
-            probabilities = classifier.probabilities(logits)
-            best = int(np.argmax(probabilities))
-            extra: Row = {
-                "prediction": classifier.labels[best],
-                "score": round(float(probabilities[best]), 6),
-            }
-            if as_json:
-                extra["probabilities"] = dict(
-                    zip(classifier.labels, probabilities.round(6).tolist(), strict=True)
-                )
-            write({**row, **extra})
+            probabilities = dict(
+                zip(classifier.labels, classifier.probabilities(logits).round(6).tolist(), strict=True)
+            )
+            write({**row, **_answer(classifier.answer(logits), probabilities, target, as_json)})

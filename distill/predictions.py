@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
 
+from distill.decision import Labels
 from distill.errors import DistillError
 
 FILE = "predictions.parquet"
@@ -20,18 +22,24 @@ class Predictions:
 
     Attributes:
         ids: text ids, n of them.
-        labels: true classes, shape (n,).
+        labels: true classes, shape (n,), or labels, shape (n, classes).
         logits: shape (n, classes).
     """
 
     ids: list[str]
-    labels: NDArray[np.int64]
+    labels: Labels
     logits: NDArray[np.float32]
 
-    @property
-    def predicted(self) -> NDArray[np.int64]:
-        """The most probable class of each text, shape (n,)."""
-        return self.logits.argmax(axis=1)
+
+def labels_array(column: list[Any]) -> Labels:
+    """A column of classes, or of lists of 0 and 1, as an array of integers or of truth values."""
+    found = np.asarray(column, dtype=np.int64)
+    return found if found.ndim == 1 else found.astype(bool)
+
+
+def labels_of(dataset: Dataset) -> Labels:
+    """True classes of the rows, shape (n,), or their labels, shape (n, classes)."""
+    return labels_array(list(dataset["label"]))
 
 
 def write_predictions(
@@ -84,7 +92,7 @@ def read_predictions(folder: Path, split: str) -> dict[str, Predictions]:
         rows = table.filter(pyarrow.compute.equal(table["version"], version))
         found[version] = Predictions(
             ids=rows["id"].to_pylist(),
-            labels=np.asarray(rows["label"].to_pylist(), dtype=np.int64),
+            labels=labels_array(rows["label"].to_pylist()),
             logits=np.asarray(rows["logits"].to_pylist(), dtype=np.float32),
         )
     return found

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.bundle import Bundle, open_bundle
+from distill.decision import MULTI_LABEL, Decision
 from distill.engine import Engine, ProviderError, Text, choose_provider
 from distill.errors import DistillError
 from distill.files import SURROGATE
-from distill.metrics import softmax
 
 logger = logging.getLogger(__name__)
 STREAM_BATCH = 4096  # texts that a stream gives a GPU at once
@@ -43,6 +43,8 @@ class Classifier:
         provider: "cpu" or "cuda": what is really used.
         file: the ONNX file in use.
         temperature: what logits are divided by before they become probabilities; 1 if not calibrated.
+        thresholds: the probability from which on a label is given, shape (classes,), where a text may have
+            several labels or none; None where it has one.
     """
 
     def __init__(
@@ -62,8 +64,8 @@ class Classifier:
             file: an ONNX file inside the bundle, in place of the provider's.
             threads: texts in flight at once; the number of cores when left out.
             calibrated: apply the temperature that export fitted on validation text, so that probabilities
-                mean what they say; without it they are the softmax that other runtimes give. Labels are the
-            same.
+                mean what they say; without it they are the softmax (or sigmoid, where a text may have
+                several labels) that other runtimes give. Labels are the same.
 
         Raises:
             DistillError: if a file of the bundle is missing or is not the one that was exported, or if the
@@ -90,6 +92,11 @@ class Classifier:
         self.provider, self.file = self._engine.provider, self._engine.file
         fitted: dict[str, float] = details.get("temperature", {})
         self.temperature = fitted.get(self.file, 1.0) if calibrated else 1.0
+        thresholds = None
+        if parts.manifest.get("problem_type") == MULTI_LABEL:
+            thresholds = details.get("thresholds", {}).get(self.file, [0.0] * len(self.labels))
+        self._decision = Decision(self.temperature, thresholds and tuple(thresholds))
+        self.thresholds = self._decision.probability_thresholds
         if provider == "auto":
             logger.info("%s: %s on %s: %s", parts.place, self.file, self.provider, reason)
 
@@ -159,29 +166,44 @@ class Classifier:
                 helper.result()
         return logits
 
+    async def apredict_logits(self, texts: Iterable[Text]) -> NDArray[np.float32]:
+        """`predict_logits` for asyncio: on the classifier's own threads, so that the event loop goes on."""
+        import asyncio
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self.predict_logits, texts)
+
     async def apredict_proba(self, texts: Iterable[Text]) -> NDArray[np.float64]:
-        """`predict_proba` for asyncio: on the classifier's own threads, so that the event loop goes on."""
-        import asyncio
+        """`predict_proba` for asyncio."""
+        return self.probabilities(await self.apredict_logits(texts))
 
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self.predict_proba, texts)
-
-    async def apredict(self, texts: Iterable[Text]) -> list[str]:
+    async def apredict(self, texts: Iterable[Text]) -> list[Any]:
         """`predict` for asyncio."""
-        import asyncio
-
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self.predict, texts)
+        return [self.answer(logits) for logits in await self.apredict_logits(texts)]
 
     def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Calibrated probabilities of logits of shape (…, classes)."""
-        return softmax(logits, self.temperature)
+        """Calibrated probabilities of logits of shape (…, classes).
+
+        They sum to 1, but where a text may have several labels, each of which has a probability of its own.
+        """
+        return self._decision.probabilities(logits)
+
+    def answer(self, logits: NDArray[np.float32]) -> Any:
+        """The label that logits of shape (classes,) give; a list of them where there may be several."""
+        found = self._decision.answers(logits)
+        if self.thresholds is None:
+            return self.labels[int(found)]
+        return [label for label, given in zip(self.labels, found, strict=True) if given]
 
     def predict_proba(self, texts: Iterable[Text]) -> NDArray[np.float64]:
         """Probabilities, shape (n, classes), columns in the order of `labels`."""
         return self.probabilities(self.predict_logits(texts))
 
-    def predict(self, texts: Iterable[Text]) -> list[str]:
-        """The most probable label of each text."""
-        return [self.labels[index] for index in self.predict_logits(texts).argmax(axis=1)]
+    def predict(self, texts: Iterable[Text]) -> list[Any]:
+        """The most probable label of each text; where it may have several, the list of its labels.
+
+        Such a list holds the labels whose probability reaches their threshold, and may be empty.
+        """
+        return [self.answer(logits) for logits in self.predict_logits(texts)]
 
     def __call__(self, texts: str | Iterable[Text], **options: Any) -> list[Any]:
         """Answer as `transformers.pipeline("text-classification")` does, with calibrated scores.

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from distill.metrics import Labels, f1_scores
+from distill.decision import Labels, same
+from distill.metrics import f1_scores
 
 Samples = NDArray[np.float64]
 RESAMPLES = 10_000
@@ -51,39 +52,44 @@ def paired_bootstrap(
     All three scores depend on a resample only through how often each pattern (true class; what version 1, 2,
     … predicted) occurs in it. Those counts are multinomial within a class, so they are drawn instead of the
     rows: the same distribution as drawing rows (Efron and Tibshirani 1993, chapter 8, with strata), at a cost
-    that grows with the number of patterns, not of texts.
+    that grows with the number of patterns, not of texts. In a multi-label problem there is one stratum.
 
     Args:
-        labels: true classes, shape (n,), in 0..classes-1.
-        predictions: one array of shape (n,) a version.
+        labels: true classes, shape (n,), in 0..classes-1; in a multi-label problem shape (n, classes).
+        predictions: one array of that shape a version.
         classes: number of classes.
         resamples: how many.
         seed: of the generator.
     """
     generator = np.random.default_rng(seed)
-    patterns, counts = np.unique(np.stack([labels, *predictions]), axis=1, return_counts=True)
-    truth, predicted = patterns[0], patterns[1:]
     versions = len(predictions)
-    support = np.bincount(labels, minlength=classes)
+    answered = np.stack([labels, *predictions])
+    columns, counts = np.unique(
+        answered.reshape(len(answered), len(labels), -1).swapaxes(0, 1), axis=0, return_counts=True
+    )
+    if labels.ndim == 1:
+        strata = [np.flatnonzero(columns[:, 0, 0] == label) for label in np.unique(labels)]
+        truth, *answers = (np.eye(classes)[columns[:, number, 0]] for number in range(versions + 1))
+    else:
+        strata = [np.arange(len(counts))]
+        truth, *answers = columns.swapaxes(0, 1).astype(float)
     accuracy = np.empty((resamples, versions))
     macro_f1 = np.empty((resamples, versions))
     f1 = np.empty((resamples, versions, classes))
-    step = max(1, CHUNK // max(patterns.shape[1], versions * classes))
+    step = max(1, CHUNK // max(len(counts), versions * classes))
     for start in range(0, resamples, step):
         part = slice(start, min(start + step, resamples))
         size = part.stop - part.start
         drawn = np.empty((size, len(counts)))
-        for label in np.flatnonzero(support):
-            columns = np.flatnonzero(truth == label)
-            shares = counts[columns] / support[label]
-            drawn[:, columns] = generator.multinomial(support[label], shares, size=size)
-        for version in range(versions):
-            answers = predicted[version]
-            right = answers == truth
-            hits = drawn[:, right] @ np.eye(classes)[truth[right]]
-            answered = drawn @ np.eye(classes)[answers]
-            accuracy[part, version] = hits.sum(axis=1) / len(labels)
-            f1[part, version], macro_f1[part, version] = f1_scores(hits, support, answered)
+        for rows in strata:
+            texts = counts[rows].sum()
+            drawn[:, rows] = generator.multinomial(texts, counts[rows] / texts, size=size)
+        support = drawn @ truth
+        for version, answer in enumerate(answers):
+            accuracy[part, version] = drawn @ same(truth, answer) / len(labels)
+            f1[part, version], macro_f1[part, version] = f1_scores(
+                drawn @ (truth * answer), support, drawn @ answer
+            )
     return Bootstrap(accuracy, macro_f1, f1)
 
 
@@ -142,8 +148,8 @@ class McNemar:
 
 
 def mcnemar(labels: Labels, reference: Labels, other: Labels) -> McNemar:
-    """Test whether two versions err equally often; arrays of shape (n,)."""
-    right, others = reference == labels, other == labels
+    """Test whether two versions err equally often; classes, shape (n,), or labels, shape (n, labels)."""
+    right, others = same(reference, labels), same(other, labels)
     lost, gained = int((right & ~others).sum()), int((~right & others).sum())
     p_value = binomtest(lost, lost + gained, 0.5).pvalue if lost + gained else 1.0
     return McNemar(lost, gained, float(p_value))

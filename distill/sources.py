@@ -26,11 +26,15 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names as the user gave them; None where they are to be found."""
+    """Column names as the user gave them; None where they are to be found.
+
+    `separator` stands between the labels of a text; None where each has one.
+    """
 
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
+    separator: str | None = None
 
 
 def parts_of(text: str | tuple[str, str]) -> tuple[str, ...]:
@@ -48,7 +52,7 @@ def _resolve(place: str, present: list[str], columns: Columns, labelled: bool) -
     text = find_column(place, present, columns.text, TEXT_COLUMNS, "--text-column")
     pair = columns.text_pair and find_column(place, present, columns.text_pair, (), "--text-pair-column")
     label = find_column(place, present, columns.label, LABEL_COLUMNS, "--label-column") if labelled else None
-    return Columns(text, pair, label)
+    return Columns(text, pair, label, columns.separator)
 
 
 def _text(value: Any, place: str, column: str) -> str:
@@ -63,6 +67,9 @@ def _text(value: Any, place: str, column: str) -> str:
 
 
 def _label(value: Any, place: str, column: str) -> str | None:
+    if isinstance(value, list | tuple):
+        raise DistillError(f"{place}: {column!r} holds a list; if a text may have several labels, add "
+                           "--multi-label")  # fmt: skip
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if value is None or (isinstance(value, float) and np.isnan(value)):
@@ -71,6 +78,15 @@ def _label(value: Any, place: str, column: str) -> str | None:
         raise DistillError(f"{place}: {column!r} holds {type(value).__name__} {str(value)[:40]!r}; "
                            "a label is one string or integer")  # fmt: skip
     return str(value).strip() or None
+
+
+def _labels(value: Any, place: str, column: str, separator: str) -> list[str] | None:
+    """The labels of a text, sorted, each once; none of them where the value is empty."""
+    if value is None:
+        return None
+    single = value.split(separator) if isinstance(value, str) else value
+    parts = single if isinstance(single, list | tuple) else [single]
+    return sorted({label for part in parts if (label := _label(part, place, column)) is not None})
 
 
 def _convert(row: dict[str, Any], place: str, columns: Columns) -> dict[str, Any]:
@@ -82,7 +98,11 @@ def _convert(row: dict[str, Any], place: str, columns: Columns) -> dict[str, Any
     if pair is not None:
         converted["text_pair"] = pair
     if columns.label is not None:
-        converted["label"] = _label(row.get(columns.label), place, columns.label)
+        value = row.get(columns.label)
+        if columns.separator is None:
+            converted["label"] = _label(value, place, columns.label)
+        else:
+            converted["label"] = _labels(value, place, columns.label, columns.separator)
     return converted
 
 
@@ -96,8 +116,11 @@ def _generate(path: str, stamp: str, columns: Columns, labelled: bool) -> Iterat
 
 
 def _features(columns: Columns, labelled: bool) -> Features:
-    names = ["id", "text", *(["text_pair"] if columns.text_pair else []), *(["label"] if labelled else [])]
-    return Features({"line": Value("int64"), **{name: Value("string") for name in names}})
+    names = ["id", "text", *(["text_pair"] if columns.text_pair else [])]
+    features = {"line": Value("int64"), **{name: Value("string") for name in names}}
+    if labelled:
+        features["label"] = Value("string") if columns.separator is None else [Value("string")]
+    return Features(features)
 
 
 def read_file(path: Path, columns: Columns, labelled: bool = True) -> Dataset:
@@ -162,7 +185,8 @@ def _read_hub(source: str, columns: Columns) -> dict[str, Dataset]:
             continue
         resolved = _resolve(f"{source} ({split})", dataset.column_names, columns, True)
         assert resolved.label is not None
-        names = getattr(dataset.features[resolved.label], "names", None)
+        kind = dataset.features[resolved.label]
+        names = getattr(getattr(kind, "feature", kind), "names", None)
 
         def convert(
             row: dict[str, Any],
@@ -171,7 +195,9 @@ def _read_hub(source: str, columns: Columns) -> dict[str, Dataset]:
             label: str = resolved.label,
             names: Any = names,
         ) -> dict[str, Any]:
-            if names:  # a ClassLabel; -1 stands for a missing one
+            if names and isinstance(row[label], list):
+                row = {**row, label: [names[number] for number in row[label]]}
+            elif names:  # a ClassLabel; -1 stands for a missing one
                 number = -1 if row[label] is None else row[label]
                 row = {**row, label: names[number] if number >= 0 else None}
             return {"line": index, **_convert(row, f"{source}, row {index}", resolved)}

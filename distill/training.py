@@ -16,11 +16,13 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from transformers.trainer_utils import get_last_checkpoint
 
 from distill.callbacks import ProgressCallback, SaveInTime, Watch, being_watched
+from distill.decision import Decision, fit_thresholds
 from distill.errors import DistillError
 from distill.first_token import first_token_only
 from distill.memory import Plan, available, measure, plan, smaller
 from distill.metrics import score
 from distill.models import batched_logits, choose_device, choose_precision
+from distill.predictions import labels_array
 from distill.trainer import BEYOND_THE_MODEL, Collator, LossTrainer, tokenize
 
 logger = logging.getLogger(__name__)
@@ -153,6 +155,7 @@ def fit(
         validation: as `tokenize` leaves it, with `label`.
         options: how to train.
         loss: maps fp32 logits of shape (batch, classes) and the batch to a scalar, a mean over the batch.
+            Labels come as integers, shape (batch,), or as 0 and 1, shape (batch, classes).
         title: what the progress display says.
         resume_from: a checkpoint folder or None.
     """
@@ -169,7 +172,9 @@ def fit(
         model.get_input_embeddings().weight.requires_grad_(False)
 
     def evaluate(prediction: Any) -> dict[str, float]:
-        return score(prediction.label_ids, prediction.predictions.argmax(axis=-1), classes).summary()
+        labels, logits = labels_array(prediction.label_ids), prediction.predictions
+        answers = Decision(thresholds=fit_thresholds(logits, labels)).answers(logits)
+        return score(labels, answers, classes).summary()
 
     def attempt(cut: Plan, resume_from: str | None) -> LossTrainer | None:
         """Train; None where memory was too short."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from distill.explain.attribution import Attribution
 from distill.explain.reasons import Reasons
 from distill.explain.versions import Version
 from distill.explain.words import Text
+
+from distill.decision import classes_in, same
 
 MOST_ROWS = 2_000
 MOST_BYTES = 1_500
@@ -30,25 +33,24 @@ def browse(
     `MOST_ROWS` and `ALL_BYTES` allow.
     """
     truth = versions[0].test.labels
-    predicted = np.stack([version.test.predicted for version in versions])
-    probabilities = [version.probabilities for version in versions]
+    answers = [version.answers for version in versions]
+    certainties = [version.certainty for version in versions]
     explained = dict(zip(reasons.rows, reasons.attributions, strict=True)) if reasons else {}
-    disputed = (predicted != predicted[0]).any(axis=0)
-    wrong = (predicted != truth).any(axis=0)
-    certainty = np.min([values.max(axis=1) for values in probabilities], axis=0)
+    disputed = ~np.all([same(answers[0], other) for other in answers], axis=0)
+    wrong = ~np.all([same(truth, other) for other in answers], axis=0)
+    certainty = np.min(certainties, axis=0)
     rank = np.where([row in explained for row in range(len(truth))], 0, np.where(disputed, 1, 2))
     order = np.lexsort((-certainty, rank))
     listed = [row for row in order.tolist() if row in explained or disputed[row] or wrong[row]]
     rows: list[dict[str, Any]] = []
     left = ALL_BYTES
     for row in listed[:MOST_ROWS]:
-        answers = [
-            [int(predicted[index, row]), round(float(values[row].max()), 3)]
-            for index, values in enumerate(probabilities)
-        ]
-        entry: dict[str, Any] = {"n": row + 1, "y": int(truth[row]), "a": answers}
+        true = classes_in(truth[row])
+        given = [classes_in(one[row]) for one in answers]
+        sure = [round(float(one[row]), 3) for one in certainties]
+        entry: dict[str, Any] = {"n": row + 1, "y": true, "a": list(zip(given, sure, strict=True))}
         if row in explained:
-            entry |= _explanation(explained[row], [int(truth[row]), *predicted[:, row].tolist()])
+            entry |= _explanation(explained[row], [*true, *chain(*given)])
         else:
             entry["t"] = _shorten(texts[row])
         left -= len(embedded(entry).encode())

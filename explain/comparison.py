@@ -10,7 +10,9 @@ from distill.explain.versions import Version
 from numpy.typing import NDArray
 
 from distill.calibration import calibration, risk_coverage, select, threshold_for
-from distill.metrics import Scores, score, softmax
+from distill.decision import Decision, Labels, same
+from distill.metrics import Scores, score
+from distill.predictions import Predictions
 from distill.significance import (
     CONFIDENCE,
     RESAMPLES,
@@ -47,7 +49,7 @@ def compare_versions(
     an interval) and `mcnemar`. All scores are in 0 to 1.
     """
     labels = versions[0].test.labels
-    predictions = [version.test.predicted for version in versions]
+    predictions = [version.answers for version in versions]
     boot = paired_bootstrap(labels, predictions, classes, seed=seed)
     scores = [score(labels, predicted, classes) for predicted in predictions]
     rows = []
@@ -57,21 +59,33 @@ def compare_versions(
             "version": version.name,
             "scores": own.as_dict(),
             "macro_f1_kept": own.macro_f1 / scores[0].macro_f1 if scores[0].macro_f1 else 0.0,
-            "agreement_with_reference": float((predictions[index] == predictions[0]).mean()),
+            "agreement_with_reference": float(same(predictions[index], predictions[0]).mean()),
             "intervals": _intervals(own, boot, index),
             "difference": None,
             "mcnemar": None,
             "calibration": _calibration(version),
-            "abstention": _abstention(version, target_precision),
+            "abstention": _abstention(version, target_precision) if labels.ndim == 1 else None,
+            "thresholds": _thresholds(version),
         }
         if index:
-            apart = predictions[index] != predictions[0]
-            answers = np.concatenate([predictions[index][apart], predictions[0][apart]])
-            discordant = np.bincount(answers, minlength=classes)
+            discordant = _discordant(predictions[index], predictions[0], classes)
             row["difference"] = _differences(own, scores[0], boot, index, discordant)
             row["mcnemar"] = asdict(mcnemar(labels, predictions[0], predictions[index]))
         rows.append(row)
     return rows
+
+
+def _thresholds(version: Version) -> list[float] | None:
+    found = version.decision.probability_thresholds
+    return None if found is None else found.tolist()
+
+
+def _discordant(answers: Labels, reference: Labels, classes: int) -> NDArray[np.int64]:
+    """Texts that only one of two versions answered with each class, shape (classes,)."""
+    if answers.ndim == 2:
+        return np.asarray((answers != reference).sum(axis=0))
+    apart = answers != reference
+    return np.bincount(np.concatenate([answers[apart], reference[apart]]), minlength=classes)
 
 
 def _intervals(own: Scores, boot: Bootstrap, index: int) -> dict[str, Any]:
@@ -131,17 +145,14 @@ def _differences(
 def _calibration(version: Version) -> dict[str, Any]:
     logits, labels = version.test.logits, version.test.labels
     return {
-        "temperature": version.temperature,
+        "temperature": version.decision.temperature,
         "uncalibrated": calibration(logits, labels).as_dict(),
-        "calibrated": calibration(logits, labels, version.temperature).as_dict(),
+        "calibrated": calibration(logits, labels, version.decision.temperature).as_dict(),
     }
 
 
-def _confidence(
-    logits: NDArray[np.float32], labels: NDArray[np.int64], temperature: float
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    probabilities = softmax(logits, temperature)
-    return probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+def _confidence(answers: Predictions, decision: Decision) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    return decision.certainty(answers.logits), same(decision.answers(answers.logits), answers.labels)
 
 
 def _rounded(
@@ -157,8 +168,8 @@ def _rounded(
 
 def _abstention(version: Version, target_precision: float) -> dict[str, Any]:
     """The threshold chosen on validation text, what it gives on test text, and the curve on test text."""
-    held_out = _confidence(version.validation.logits, version.validation.labels, version.temperature)
-    confidence, right = _confidence(version.test.logits, version.test.labels, version.temperature)
+    held_out = _confidence(version.validation, version.decision)
+    confidence, right = _confidence(version.test, version.decision)
     chosen = threshold_for(*held_out, target_precision)
     if chosen:
         chosen = select(*held_out, _rounded(chosen.threshold, held_out, target_precision))
@@ -176,11 +187,17 @@ def _abstention(version: Version, target_precision: float) -> dict[str, Any]:
 def only_guesses(row: dict[str, Any]) -> bool:
     """Whether a version is not shown to do better than answers that ignore the text.
 
-    Such answers reach a macro-F1 of at most 1 / classes on average: where a class is a share p of the texts
-    and q of the answers, its F1 is 2pq / (p + q), at most (p + q) / 2.
+    Where a class is a share p of the texts and q of such answers, its F1 is 2pq / (p + q), at most
+    (p + q) / 2: they reach a macro-F1 of at most 1 / classes on average. In a multi-label problem a label may
+    be given to every text, which makes it 2p / (p + 1).
     """
-    present = sum(support > 0 for support in row["scores"]["support"])
-    return bool(present > 1 and row["intervals"]["macro_f1"]["low"] <= 1 / present)
+    present = [support for support in row["scores"]["support"] if support]
+    if row["thresholds"] is None:
+        reached = 1 / max(len(present), 1)
+    else:
+        texts = np.array(row["scores"]["confusion"])[0].sum()
+        reached = float(np.mean([2 * support / (support + texts) for support in present]))
+    return bool(len(present) > 1 and row["intervals"]["macro_f1"]["low"] <= reached)
 
 
 def verdict(
@@ -285,6 +302,8 @@ def _trust(row: dict[str, Any]) -> str:
         f"A stated probability is off by {100 * calibrated:.1f} points on average "
         f"({100 * before:.1f} before temperature scaling)."
     )
+    if abstention is None:
+        return f"{text} A label is given from the threshold on that was chosen for it on validation text."
     wanted = f"{100 * abstention['target_precision']:g} %"
     if abstention["test"] is None:
         return f"{text} No threshold reached {wanted} precision on validation text."

@@ -15,6 +15,8 @@ MOST_CONFUSIONS = 20
 def _confusions(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Each version's confusion matrix with differences to the reference's, or its largest confusions."""
     labels = report["labels"]
+    if report["multi_label"]:
+        return []
     reference = np.array(report["versions"][0]["scores"]["confusion"])
     found = []
     for row in report["versions"]:
@@ -78,7 +80,7 @@ def render_page(report: dict[str, Any], browsed: dict[str, Any]) -> str:
         confusions=_confusions(report),
         few_classes=len(report["labels"]) <= FEW_CLASSES,
         scatter=figures.accuracy_against_latency(versions),
-        risk=figures.risk_against_coverage(versions),
+        risk=None if report["multi_label"] else figures.risk_against_coverage(versions),
         line_key=figures.line_key,
         reliability=figures.reliability,
         difference=figures.difference,

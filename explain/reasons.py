@@ -16,6 +16,8 @@ from distill.explain.versions import Version
 from distill.explain.words import Text
 from numpy.typing import NDArray
 
+from distill.decision import Labels, classes_in, same
+
 logger = logging.getLogger(__name__)
 TOP_WORDS = 10
 LEAST_OCCURRENCES = 2
@@ -45,9 +47,9 @@ def choose_rows(versions: Sequence[Version], count: int, seed: int) -> tuple[lis
     total = len(versions[0].test.labels)
     generator = np.random.default_rng(seed)
     sample = np.sort(generator.choice(total, min(count, total), replace=False))
-    predicted = np.stack([version.test.predicted for version in versions])
-    certainty = np.min([version.probabilities.max(axis=1) for version in versions], axis=0)
-    disputed = np.flatnonzero((predicted != predicted[0]).any(axis=0))
+    first, *others = (version.answers for version in versions)
+    certainty = np.min([version.certainty for version in versions], axis=0)
+    disputed = np.flatnonzero(~np.all([same(first, other) for other in others], axis=0))
     disputed = disputed[~np.isin(disputed, sample)]
     disputed = disputed[np.argsort(-certainty[disputed], kind="stable")][: count // 2]
     return [*sample.tolist(), *disputed.tolist()], len(sample)
@@ -88,15 +90,15 @@ def summarize(
     reasons: Reasons,
     texts: Sequence[Text],
     labels: Sequence[str],
-    truth: NDArray[np.int64],
+    truth: Labels,
     models: Mapping[str, Probabilities],
     method: str,
     seed: int,
 ) -> dict[str, Any]:
     """What the report says of reasons; the statistics are over the random sample alone.
 
-    Agreement is about the class that the first version of each pair predicted; the reference is the first of
-    all. `truth` holds the true classes of the whole test split.
+    Agreement is about the class that the first version of each pair holds to be most probable; the reference
+    is the first of all. `truth` holds the true classes, or labels, of the whole test split.
     """
     names = list(models)
     sample = reasons.attributions[: reasons.sampled]
@@ -143,17 +145,17 @@ def summarize(
             for first, second in combinations(names, 2)
         ],
         "single_texts": [
-            _single_text(row, number < reasons.sampled, int(truth[row]), found, labels)
+            _single_text(row, number < reasons.sampled, classes_in(truth[row]), found, labels)
             for number, (row, found) in enumerate(zip(reasons.rows, reasons.attributions, strict=True))
         ],
     }
 
 
 def _single_text(
-    row: int, sampled: bool, truth: int, found: dict[str, Attribution], labels: Sequence[str]
+    row: int, sampled: bool, truth: list[int], found: dict[str, Attribution], labels: Sequence[str]
 ) -> dict[str, Any]:
-    """Agreement of every pair of versions on one text, about the true class and each that a version chose."""
-    classes = list(dict.fromkeys([truth, *(one.predicted for one in found.values())]))
+    """Agreement of every pair of versions on one text, about its classes and each that a version chose."""
+    classes = list(dict.fromkeys([*truth, *(one.predicted for one in found.values())]))
     pairs = []
     for (first, one), (second, other) in combinations(found.items(), 2):
         for label in classes:
@@ -170,7 +172,7 @@ def _single_text(
     return {
         "text": row + 1,
         "sampled": sampled,
-        "true_class": labels[truth],
+        "true_classes": [labels[label] for label in truth],
         "answers": {name: labels[one.predicted] for name, one in found.items()},
         "pairs": pairs,
     }

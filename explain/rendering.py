@@ -20,19 +20,50 @@ def render(report: dict[str, Any], markdown: bool) -> str:
         _heading("Against the teacher", 2, markdown),
         _significance_table(report, markdown),
         f"Differences in points, with {100 * found['confidence']:.0f} % intervals of a paired bootstrap "
-        f"({found['resamples']:,} resamples inside each class); p of McNemar's exact test.",
+        f"({found['resamples']:,} resamples{'' if report['multi_label'] else ' inside each class'}); "
+        "p of McNemar's exact test.",
         _heading("Confidence", 2, markdown),
         _calibration_table(report, markdown),
-        "ECE: expected calibration error, 15 equal-width bins of the top label's probability; before "
+        f"ECE: expected calibration error, 15 equal-width bins of {_binned(report)}; before "
         "and after temperature scaling fitted on validation text.",
     ]
     if report["reasons"]:
         parts += [_heading("Reasons", 2, markdown), _reasons_table(report["reasons"], markdown)]
     parts += [_heading("Per class", 2, markdown), _class_table(report, markdown)]
+    if report["multi_label"]:
+        parts += [_heading("Label by label", 2, markdown), _label_table(report, markdown), LABEL_NOTE]
+        return "\n\n".join(parts) + "\n"
     for row in report["versions"]:
         parts += [_heading(f"Confusion: {row['version']} (rows: true, columns: predicted)", 2, markdown)]
         parts.append(_confusion(report["labels"], row["scores"]["confusion"], markdown))
     return "\n\n".join(parts) + "\n"
+
+
+LABEL_NOTE = (
+    "Threshold: the probability from which on the label is given, chosen on validation text for its F1. "
+    "Missed: texts that have the label and are not given it. Wrong: texts given it without having it."
+)
+
+
+def _binned(report: dict[str, Any]) -> str:
+    if report["multi_label"]:
+        return "the probability of what is said of every label of every text"
+    return "the top label's probability"
+
+
+def _label_table(report: dict[str, Any], markdown: bool) -> str:
+    """Thresholds and errors of every label, where a text may have several."""
+    header = ["label"]
+    for row in report["versions"]:
+        header += [f"{row['version']} threshold", "missed", "wrong"]
+    lines = []
+    for index, label in enumerate(report["labels"]):
+        line = [label]
+        for row in report["versions"]:
+            (_, wrong), (missed, _) = row["scores"]["confusion"][index]
+            line += [f"{row['thresholds'][index]:.3f}", str(missed), str(wrong)]
+        lines.append(line)
+    return _table(header, lines, markdown)
 
 
 def _strong(text: str, markdown: bool) -> str:
@@ -80,7 +111,7 @@ def _calibration_table(report: dict[str, Any], markdown: bool) -> str:
         line = [row["version"], f"{found['temperature']:.3f}"]
         for name in ("ece", "brier", "nll"):
             line += [f"{found['calibrated'][name]:.4f}", f"{found['uncalibrated'][name]:.4f}"]
-        test = abstention["test"]
+        test = abstention and abstention["test"]
         line += (
             [str(test["threshold"]), *(_percent(test[name]) for name in ("coverage", "precision"))]
             if test
@@ -147,7 +178,7 @@ def _versions_table(report: dict[str, Any], markdown: bool) -> str:
         "version",
         "macro-F1",
         "kept",
-        "weighted F1",
+        "micro-F1" if report["multi_label"] else "weighted F1",
         "accuracy",
         "agrees",
         "parameters",
@@ -163,7 +194,7 @@ def _versions_table(report: dict[str, Any], markdown: bool) -> str:
                 row["version"],
                 f"{scores['macro_f1']:.4f}",
                 f"{100 * row['macro_f1_kept']:.1f} %",
-                f"{scores['weighted_f1']:.4f}",
+                f"{scores['micro_f1' if report['multi_label'] else 'weighted_f1']:.4f}",
                 f"{scores['accuracy']:.4f}",
                 f"{100 * row['agreement_with_reference']:.1f} %",
                 f"{row['parameters'] / 1e6:.1f} M",

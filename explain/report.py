@@ -20,11 +20,12 @@ from distill.explain.words import Text
 
 from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest
 from distill.data import reload_data, texts_of
+from distill.decision import MULTI_LABEL
 from distill.errors import DistillError
 from distill.latency import cpu_name, measure
 from distill.significance import Interval, non_inferior
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DEFAULT_MARGIN = 3.0
 
 
@@ -100,6 +101,7 @@ def compile_report(options: ReportOptions) -> tuple[dict[str, Any], dict[str, An
         "split": "test",
         "texts": len(texts),
         "labels": bundle.labels,
+        "multi_label": bundle.problem_type == MULTI_LABEL,
         "cpu": cpu_name(),
         "latency_texts": min(options.texts, len(texts)),
         "verdict": verdict(rows, bundle.labels, margin, options.max_drop is None),

@@ -10,9 +10,9 @@ from distill.explain.words import Text
 from numpy.typing import NDArray
 
 from distill.artifact import Manifest, manifest_hash, read_manifest
-from distill.calibration import fit_temperature
+from distill.calibration import fit_decision
+from distill.decision import Decision, Labels
 from distill.errors import DistillError
-from distill.metrics import softmax
 from distill.predictions import Predictions, read_predictions
 
 STAGES = ("train-teacher", "train-student", "export")
@@ -31,7 +31,7 @@ class Version:
         max_length: longest text, in tokens.
         validation: its saved answers on validation text.
         test: its saved answers on test text.
-        temperature: what its logits are divided by; fitted on validation text.
+        decision: what its logits mean; fitted on validation text.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Version:
     max_length: int
     validation: Predictions
     test: Predictions
-    temperature: float
+    decision: Decision
 
     @property
     def in_onnx(self) -> bool:
@@ -56,9 +56,14 @@ class Version:
         return sum(path.stat().st_size for path in self.folder.glob("model-*.safetensors"))
 
     @property
-    def probabilities(self) -> NDArray[np.float64]:
-        """Calibrated probabilities on test text, shape (n, classes)."""
-        return softmax(self.test.logits, self.temperature)
+    def answers(self) -> Labels:
+        """Answers to the test text: classes, shape (n,), or labels, shape (n, classes)."""
+        return self.decision.answers(self.test.logits)
+
+    @property
+    def certainty(self) -> NDArray[np.float64]:
+        """Probability of those answers, shape (n,)."""
+        return self.decision.certainty(self.test.logits)
 
 
 def read_stage(folder: Path, stage: str, option: str) -> tuple[list[Version], Manifest]:
@@ -71,22 +76,25 @@ def read_stage(folder: Path, stage: str, option: str) -> tuple[list[Version], Ma
     onnx = manifest.details.get("files", {})
     weights = "model.safetensors"
     files = {"teacher": weights, "student": weights, "onnx-fp32": onnx.get("fp32"), "int8": onnx.get("cpu")}
-    fitted = manifest.details.get("temperature", {})
+    fitted, thresholds = (manifest.details.get(name, {}) for name in ("temperature", "thresholds"))
     validation, test = (read_predictions(folder, split) for split in ("validation", "test"))
     versions = []
     for name, answers in test.items():
         held_out = validation[name]
-        temperature = fitted.get(files[name]) or fit_temperature(held_out.logits, held_out.labels)
+        if (file := files[name]) in fitted:
+            decision = Decision(fitted[file], tuple(thresholds[file]) if thresholds else None)
+        else:
+            decision = fit_decision(held_out.logits, held_out.labels)
         versions.append(
             Version(
                 name,
                 folder,
-                files[name],
+                file,
                 manifest.parameters,
                 manifest.max_length,
                 held_out,
                 answers,
-                temperature,
+                decision,
             )
         )
     return versions, manifest
@@ -166,7 +174,7 @@ def open_for_explanation(
 
     if version.in_onnx:
         classifier = Classifier(version.folder, provider="cpu", file=version.file)
-        return lambda texts: softmax(classifier.predict_logits(texts), version.temperature)
+        return lambda texts: version.decision.probabilities(classifier.predict_logits(texts))
     model, tokenizer = _open_pytorch(version, labels)
     device = choose_device(device)
     precision = choose_precision(device)
@@ -192,6 +200,6 @@ def open_for_explanation(
             return {name: [values[row] for row in rows] for name, values in columns.items()}
 
         logits = batched_logits(model, tokenizer, inputs, lengths, device, precision, batch_tokens)
-        return softmax(logits, version.temperature)
+        return version.decision.probabilities(logits)
 
     return probabilities

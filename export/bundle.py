@@ -13,12 +13,13 @@ from distill.export.cpu import write_int8
 from distill.export.cuda import write_cuda
 from distill.export.draft import FP32, INT8, Draft
 from distill.export.onnx import export_fp32, shorten
-from distill.export.verification import compare, require_parity
+from distill.export.verification import require_parity
 
 from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest, verify
 from distill.bundle import MANIFEST, TOKENIZER, TOKENIZER_SETTINGS, write_single_file
-from distill.calibration import fit_temperature
+from distill.calibration import fit_decision
 from distill.data import Data, reload_data
+from distill.decision import MULTI_LABEL, Decision
 from distill.errors import DistillError
 from distill.latency import cpu_name
 from distill.metrics import score
@@ -82,6 +83,7 @@ def export_student(options: ExportOptions) -> Manifest:
         parents=[{"path": str(options.student), "manifest_sha256": manifest_hash(options.student)}],
         max_length=student.max_length,
         parameters=student.parameters,
+        problem_type=student.problem_type,
         details={"files": {"fp32": FP32, "cpu": FP32, "cuda": FP32}},
     )
     with publish(options.output, manifest, options.overwrite) as folder, TemporaryDirectory() as scratch:
@@ -111,7 +113,7 @@ def _fill(folder: Path, exported: Path, options: ExportOptions, manifest: Manife
     model = load_model(str(options.student), manifest.labels, "--student")
     pytorch = predict_logits(model, tokenizer, data.splits["validation"], "cpu", "fp32")
     fp32 = {split: draft.logits(FP32, split) for split in EVALUATED}
-    parity = compare(pytorch, fp32["validation"])
+    parity = draft.compare(pytorch, fp32["validation"])
     logger.info("fp32 ONNX against PyTorch: %s", parity)
     require_parity(parity)
     manifest.details["parity"] = asdict(parity)
@@ -120,7 +122,7 @@ def _fill(folder: Path, exported: Path, options: ExportOptions, manifest: Manife
     if options.int8 and "cpu" in options.provider:
         found = write_int8(draft, exported, model.config, fp32["validation"], options.max_drop)
         versions["int8"] = {split: draft.logits(INT8, split) for split in EVALUATED}
-        agreement = compare(fp32["validation"], versions["int8"]["validation"])
+        agreement = draft.compare(fp32["validation"], versions["int8"]["validation"])
         sizes = {name: (folder / file).stat().st_size for name, file in (("fp32", FP32), ("int8", INT8))}
         manifest.details["int8"] = {
             **found,
@@ -130,21 +132,30 @@ def _fill(folder: Path, exported: Path, options: ExportOptions, manifest: Manife
         manifest.details["files"]["cpu"] = INT8
     if "cuda" in options.provider:
         _add_cuda(draft, exported, model.config, options, versions)
-    # Fitted on validation text alone; `Classifier` divides the logits of each file by its temperature.
-    manifest.details.setdefault("temperature", {}).update(
-        (file, fit_temperature(versions[name]["validation"], draft.labels["validation"]))
-        for name, file in (("onnx-fp32", FP32), ("int8", INT8))
-        if name in versions
-    )
+    files = {"onnx-fp32": FP32, "int8": INT8}
     final = "int8" if "int8" in versions else "onnx-fp32"
-    manifest.metrics = {
-        split: score(draft.labels[split], versions[final][split].argmax(1), len(data.labels)).summary()
-        for split in EVALUATED
-    }
+    for name in versions:
+        # On validation text alone.
+        decision = fit_decision(versions[name]["validation"], draft.labels["validation"])
+        _record(manifest, files[name], decision)
+        if name == final:
+            manifest.metrics = {
+                split: score(
+                    draft.labels[split], decision.answers(versions[name][split]), len(data.labels)
+                ).summary()
+                for split in EVALUATED
+            }
     write_predictions(folder, data.splits, versions)
     if options.single_file:
         _write_single_file(folder, manifest)
     (folder / "README.md").write_text(_model_card(manifest), encoding="utf-8")
+
+
+def _record(manifest: Manifest, file: str, decision: Decision) -> None:
+    """Tell `Classifier` what the logits of a file mean."""
+    manifest.details.setdefault("temperature", {})[file] = decision.temperature
+    if decision.thresholds is not None:
+        manifest.details.setdefault("thresholds", {})[file] = list(decision.thresholds)
 
 
 def _add_cuda(
@@ -155,8 +166,10 @@ def _add_cuda(
     found = write_cuda(draft, exported, config, options.int8, validation, options.max_drop)
     details = draft.manifest.details
     details["cuda"], details["files"]["cuda"] = found, found["file"]
-    files = [found[name] for name in ("fp16", "int8") if name in found]
-    details["temperature"] = {entry["file"]: entry["temperature"] for entry in files}
+    for name in ("fp16", "int8"):
+        if name in found:
+            entry = found[name]
+            _record(draft.manifest, entry["file"], Decision(entry["temperature"], entry["thresholds"]))
 
 
 def _write_single_file(folder: Path, manifest: Manifest) -> None:
@@ -175,6 +188,9 @@ def _write_single_file(folder: Path, manifest: Manifest) -> None:
 
 def _model_card(manifest: Manifest) -> str:
     test = manifest.metrics["test"]
+    several = ""
+    if manifest.problem_type == MULTI_LABEL:
+        several = " A text has any number of them: those whose logit reaches its threshold in `distill.json`."
     return f"""---
 pipeline_tag: text-classification
 library_name: onnx
@@ -183,7 +199,7 @@ library_name: onnx
 
 Distilled and exported with [distill](https://pypi.org/project/distill-onnx/).
 
-Labels: {", ".join(manifest.labels)}.
+Labels: {", ".join(manifest.labels)}.{several}
 
 | | |
 |---|---|

@@ -12,7 +12,6 @@ from distill.export.draft import FP32, INT8, Draft
 from distill.export.onnx import fuse, shorten
 from distill.export.quantization import Setting, Trial, choose, quantize, settings
 from distill.export.smoothing import channel_ranges, smooth
-from distill.export.verification import compare
 from numpy.typing import NDArray
 
 from distill.errors import DistillError
@@ -60,9 +59,9 @@ def write_int8(
 
     def scores_of(path: Path) -> tuple[float, float]:
         logits = draft.logits(path, "validation")
-        return draft.macro_f1(logits, "validation"), compare(reference, logits).mean_logit_difference
+        return draft.macro_f1(logits), draft.compare(reference, logits).mean_logit_difference
 
-    wanted = draft.macro_f1(reference, "validation")
+    wanted = draft.macro_f1(reference)
     chosen, trials = choose(candidates, draft.latency(candidates), scores_of, wanted, max_drop)
     logger.info("%s: %s", INT8, chosen)
     shutil.move(candidates[chosen], draft.folder / INT8)

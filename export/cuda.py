@@ -14,10 +14,9 @@ from distill.export.draft import FP32, Draft
 from distill.export.onnx import fuse, shorten
 from distill.export.placement import require_cuda
 from distill.export.smoothing import channel_ranges
-from distill.export.verification import compare
 from numpy.typing import NDArray
 
-from distill.calibration import fit_temperature
+from distill.calibration import fit_decision
 from distill.engine import PROVIDERS
 from distill.errors import DistillError
 
@@ -61,7 +60,7 @@ def write_cuda(
     if not attentions:
         logger.info("ONNX Runtime fuses no attention of %s: it runs as single operators", config.model_type)
     found: dict[str, Any] = {"fused_attentions": attentions, "fp16": _checked(draft, FP16, versions, "FP16")}
-    _require_accuracy(found["fp16"], FP16, draft.macro_f1(versions["onnx-fp32"], "validation"), max_drop)
+    _require_accuracy(found["fp16"], FP16, draft.macro_f1(versions["onnx-fp32"]), max_drop)
     if int8:
         found["int8"] = _quantized(draft, graph, versions, max_drop)
     files = [entry["file"] for entry in (found["fp16"], found.get("int8")) if entry]
@@ -75,16 +74,16 @@ def _checked(draft: Draft, file: str, versions: Logits, name: str) -> dict[str, 
     """Hold a file against the kernels and against fp32."""
     require_cuda(onnx.load(draft.folder / file), file)
     logits = draft.logits(file, "validation")
-    parity = compare(versions["onnx-fp32"], logits)
+    parity = draft.compare(versions["onnx-fp32"], logits)
     logger.info("CUDA, %s against fp32: %s", name, parity)
     figures = {
         "file": file,
         **asdict(parity),
-        "macro_f1": draft.macro_f1(logits, "validation"),
-        "temperature": fit_temperature(logits, draft.labels["validation"]),
+        "macro_f1": draft.macro_f1(logits),
+        **asdict(fit_decision(logits, draft.labels["validation"])),
     }
     if "int8" in versions:
-        figures["agreement_with_cpu_int8"] = compare(versions["int8"], logits).label_agreement
+        figures["agreement_with_cpu_int8"] = draft.compare(versions["int8"], logits).label_agreement
     return figures
 
 
@@ -104,7 +103,7 @@ def _quantized(draft: Draft, fused: onnx.ModelProto, versions: Logits, max_drop:
         "static": quantize_static(separated, channel_ranges(draft, separated)),
         "weights": quantize_weights(separated),
     }
-    wanted = draft.macro_f1(versions["onnx-fp32"], "validation")
+    wanted = draft.macro_f1(versions["onnx-fp32"])
     trials = []
     for form, model in forms.items():
         file = f"onnx/{form}.onnx"

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from distill.export.verification import Parity, compare
 from numpy.typing import NDArray
 
 from distill.artifact import Manifest
 from distill.bundle import open_bundle
 from distill.data import Data, texts_of
+from distill.decision import Decision, fit_thresholds
 from distill.engine import Text
 from distill.latency import measure
 from distill.metrics import score
-from distill.predictions import EVALUATED
+from distill.predictions import EVALUATED, labels_of
 from distill.runtime import Classifier
 
 FP32 = "onnx/model.onnx"
@@ -29,13 +31,13 @@ class Draft:
         folder: of the bundle.
         manifest: as it will be published.
         texts: of validation and test, by split.
-        labels: their true classes, by split, shape (n,).
+        labels: their true classes, by split, shape (n,), or labels, shape (n, classes).
     """
 
     def __init__(self, folder: Path, manifest: Manifest, data: Data) -> None:
         self.folder, self.manifest = folder, manifest
         self.texts = {split: texts_of(data.splits[split]) for split in EVALUATED}
-        self.labels = {split: np.asarray(data.splits[split]["label"], dtype=np.int64) for split in EVALUATED}
+        self.labels = {split: labels_of(data.splits[split]) for split in EVALUATED}
 
     def open(self, file: str | Path, threads: int | None = None, provider: str = "cpu") -> Classifier:
         """Open one of its files, named by its path or relative to the folder."""
@@ -47,9 +49,15 @@ class Draft:
         """Logits of a split's texts on the CPU provider, shape (n, classes)."""
         return self.open(file).predict_logits(self.texts[split])
 
-    def macro_f1(self, logits: NDArray[np.float32], split: str) -> float:
-        """Macro-F1 of logits of a split's texts, 0 to 1."""
-        return score(self.labels[split], logits.argmax(1), len(self.manifest.labels)).macro_f1
+    def macro_f1(self, logits: NDArray[np.float32]) -> float:
+        """Macro-F1 of logits of the validation texts, 0 to 1; any thresholds are fitted to these."""
+        labels = self.labels["validation"]
+        answers = Decision(thresholds=fit_thresholds(logits, labels)).answers(logits)
+        return score(labels, answers, len(self.manifest.labels)).macro_f1
+
+    def compare(self, reference: NDArray[np.float32], other: NDArray[np.float32]) -> Parity:
+        """Compare logits of the validation texts, shape (n, classes)."""
+        return compare(reference, other, self.labels["validation"])
 
     def latency(self, files: Mapping[Key, str | Path], provider: str = "cpu") -> dict[Key, float]:
         """Median milliseconds of a validation text, one at a time, one thread; all files in turns."""

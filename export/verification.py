@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.decision import Decision, Labels, fit_thresholds, same
 from distill.errors import DistillError
 
 MAX_LOGIT_DIFFERENCE = 1e-3
@@ -26,13 +27,20 @@ class Parity:
         )
 
 
-def compare(reference: NDArray[np.float32], other: NDArray[np.float32]) -> Parity:
-    """Compare logits of shape (n, classes)."""
+def compare(reference: NDArray[np.float32], other: NDArray[np.float32], labels: Labels) -> Parity:
+    """Compare logits of shape (n, classes).
+
+    Args:
+        reference: of one version.
+        other: of another, on the same texts.
+        labels: true ones; in a multi-label problem each version has thresholds that are fitted to them.
+    """
+    answers = [Decision(thresholds=fit_thresholds(one, labels)).answers(one) for one in (reference, other)]
     return Parity(
         texts=len(reference),
         max_logit_difference=float(np.abs(reference - other).max()),
         mean_logit_difference=float(np.abs(reference - other).mean()),
-        label_agreement=float((reference.argmax(1) == other.argmax(1)).mean()),
+        label_agreement=float(same(*answers).mean()),
     )
 
 

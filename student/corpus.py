@@ -81,6 +81,8 @@ def with_soft_labels(labelled: Dataset, unlabeled: list[Dataset], logits: NDArra
         logits: of all rows in this order, shape (n, classes).
     """
     parts = [labelled]
+    first = labelled[0]["label"]
+    label = [UNLABELED] * len(first) if isinstance(first, list) else UNLABELED
     for dataset in unlabeled:
-        parts.append(dataset.add_column("label", [UNLABELED] * len(dataset)).cast(labelled.features))
+        parts.append(dataset.add_column("label", [label] * len(dataset)).cast(labelled.features))
     return concatenate_datasets(parts).add_column("teacher_logits", list(logits))

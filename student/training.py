@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from distill.student.architecture import cut_positions, keep_layers
 from distill.student.checks import budget_of, check_options
 from distill.student.corpus import augmented_text, unlabeled_text, with_soft_labels
-from distill.student.losses import distillation_loss
+from distill.student.losses import distillation_loss, hard_label_loss
 from distill.student.neighbours import similar_words
 from distill.student.shape import Goal, choose_layers
 from distill.student.soft_labels import teacher_logits
@@ -25,9 +24,10 @@ from distill.artifact import Manifest, manifest_hash, publish, read_manifest, ve
 from distill.calibration import fit_temperature
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, recorded_recipe, refuse_unfinished
 from distill.data import Data, reload_data, texts_of
+from distill.decision import Decision, fit_thresholds
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
-from distill.predictions import EVALUATED, read_predictions, write_predictions
+from distill.predictions import EVALUATED, labels_of, read_predictions, write_predictions
 from distill.sources import Columns, parts_of
 from distill.trainer import tokenize
 from distill.training import Trained, TrainingOptions, fit, predict_logits
@@ -62,7 +62,9 @@ def _build(options: StudentOptions, teacher: Manifest, texts: Sequence[Any]) -> 
     checkpoint = options.student or str(teacher.options["model"])
     tokenizer = load_tokenizer(checkpoint, min(options.max_length, teacher.max_length), "--student")
     set_seed(options.seed)
-    model = load_model(checkpoint, teacher.labels, "--student", options.dropout)
+    model = load_model(
+        checkpoint, teacher.labels, "--student", options.dropout, problem_type=teacher.problem_type
+    )
     layers = options.layers
     if options.speedup or options.latency_budget:
         goal = Goal(options.speedup, options.latency_budget)
@@ -157,7 +159,7 @@ def _fit(options: StudentOptions) -> _Fitted:
 
     def loss(student_logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         if "teacher_logits" not in batch:
-            return torch.nn.functional.cross_entropy(student_logits, batch["labels"])
+            return hard_label_loss(student_logits, batch["labels"])
         return distillation_loss(
             student_logits, batch["teacher_logits"], batch["labels"], options.temperature, options.alpha
         )
@@ -184,7 +186,8 @@ def train_student(options: StudentOptions) -> Manifest:
         split: predict_logits(trained.model, tokenizer, data.splits[split], trained.device, trained.precision)
         for split in EVALUATED
     }
-    truth = {split: np.asarray(data.splits[split]["label"]) for split in EVALUATED}
+    truth = {split: labels_of(data.splits[split]) for split in EVALUATED}
+    decision = Decision(thresholds=fit_thresholds(predictions["validation"], truth["validation"]))
     manifest = Manifest(
         stage="train-student",
         labels=data.labels,
@@ -192,7 +195,11 @@ def train_student(options: StudentOptions) -> Manifest:
         seed=options.seed,
         data={**data.manifest(), **fitted.made},
         parents=[{"path": str(options.teacher), "manifest_sha256": fitted.parent}],
-        metrics={s: score(truth[s], predictions[s].argmax(1), len(data.labels)).summary() for s in EVALUATED},
+        metrics={
+            split: score(truth[split], decision.answers(predictions[split]), len(data.labels)).summary()
+            for split in EVALUATED
+        },
+        problem_type=data.problem_type,
         max_length=tokenizer.model_max_length,
         parameters=count_parameters(trained.model),
         device=trained.device,

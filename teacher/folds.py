@@ -18,16 +18,24 @@ from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
 
 from distill.data import Data
+from distill.decision import Decision, Labels
 from distill.errors import DistillError
 from distill.metrics import score
+from distill.predictions import labels_of
 from distill.training import TrainingOptions
 
 logger = logging.getLogger(__name__)
 
 
-def assign_folds(labels: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
-    """Fold of every text, shape (n,): folds of equal size, each class spread evenly over them."""
+def assign_folds(labels: Labels, folds: int, seed: int) -> NDArray[np.int64]:
+    """Fold of every text, shape (n,): folds of equal size, each class spread evenly over them.
+
+    In a multi-label problem a text goes by the rarest of its labels.
+    """
     generator = np.random.default_rng(seed)
+    if labels.ndim == 2:
+        counts = np.where(labels, labels.sum(axis=0), len(labels) + 1)
+        labels = np.where(labels.any(axis=1), counts.argmin(axis=1), -1)
     order = np.concatenate(
         [generator.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
     )
@@ -63,7 +71,7 @@ def out_of_fold(
         DistillError: if there are fewer training texts than folds.
     """
     whole = data.splits["train"]
-    labels = np.asarray(whole["label"])
+    labels = labels_of(whole)
     if folds > len(labels):
         raise DistillError(f"--folds {folds}: there are only {len(labels)} training texts; give fewer folds")
     assigned = assign_folds(labels, folds, options.seed)
@@ -87,7 +95,9 @@ def out_of_fold(
             np.save(kept.with_suffix(".partial.npy"), found)
             kept.with_suffix(".partial.npy").replace(kept)
         logits[held] = np.load(kept)
-        scores.append(score(labels[held], logits[held].argmax(1), len(data.labels)).macro_f1)
+        # No text is left to choose thresholds on: a label is given from a probability of one half.
+        decision = Decision(thresholds=(0.0,) * len(data.labels) if labels.ndim == 2 else None)
+        scores.append(score(labels[held], decision.answers(logits[held]), len(data.labels)).macro_f1)
         logger.info("Fold %d of %d: macro-F1 %.4f on its own texts", number + 1, folds, scores[-1])
     logger.info("Cross-validation: macro-F1 %.4f ± %.4f", np.mean(scores), np.std(scores, ddof=1))
     return logits, scores

@@ -11,17 +11,18 @@ import torch
 from datasets import Dataset
 from distill.teacher.adapters import add_adapters, check_four_bits, in_four_bits, merge_adapters
 from distill.teacher.folds import discard_folds, out_of_fold
+from distill.teacher.losses import balanced_weights, teacher_loss
 from numpy.typing import NDArray
-from torch.nn import functional as F
 from transformers import set_seed
 
 from distill.artifact import Manifest, publish
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, refuse_unfinished
 from distill.data import Data, load_data
+from distill.decision import Decision, fit_thresholds
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
-from distill.predictions import EVALUATED, UNSEEN, write_predictions
+from distill.predictions import EVALUATED, UNSEEN, labels_of, write_predictions
 from distill.sources import Columns
 from distill.trainer import tokenize
 from distill.training import Trained, TrainingOptions, fit, predict_logits
@@ -35,6 +36,7 @@ class TeacherOptions(TrainingOptions):
     data: str = ""
     model: str = ""
     columns: Columns = field(default_factory=Columns)
+    """With a `separator`, which is any text, a text may have several labels."""
     class_weights: bool = False
     label_smoothing: float = 0.0
     focal_gamma: float = 0.0
@@ -48,52 +50,30 @@ class TeacherOptions(TrainingOptions):
     lora_rank: int = 16
 
 
-def balanced_weights(labels: np.ndarray, classes: int) -> torch.Tensor:
-    """Weights n / (classes * count), as scikit-learn's "balanced"; 0 without rows. Shape (classes,)."""
-    counts = np.bincount(labels, minlength=classes)
-    weights = np.divide(len(labels), classes * counts, out=np.zeros(classes), where=counts > 0)
-    return torch.tensor(weights, dtype=torch.float32)
-
-
-def focal_loss(
-    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, smoothing: float, gamma: float
-) -> torch.Tensor:
-    """(1 - p)^gamma times cross-entropy, p the label's probability: Lin et al. (2017), arXiv 1708.02002, (5).
-
-    Args:
-        logits: shape (batch, classes).
-        labels: shape (batch,).
-        weights: of the classes, shape (classes,), or None.
-        smoothing: label smoothing.
-        gamma: how much less a text counts that is already right; 0 gives cross-entropy.
-
-    Returns:
-        A scalar: the sum over the number of texts. Weights are 1 on average over the training text, so they
-        are not divided by here: a step has to come out the same in however many parts it is taken.
-    """
-    weights = weights.to(logits.device) if weights is not None else None
-    each = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing, reduction="none")
-    if gamma:
-        probability = torch.softmax(logits, dim=-1).gather(-1, labels[:, None])[:, 0]
-        # At p = 1 the power has no gradient for gamma below 1.
-        each = (1 - probability).clamp_min(1e-6) ** gamma * each
-    return each.mean()
-
-
-def _build(options: TeacherOptions, labels: list[str]) -> Any:
+def _build(options: TeacherOptions, data: Data) -> Any:
     """Load the checkpoint, with adapters if asked."""
     device = choose_device(options.device)
     precision = choose_precision(device, options.precision)
     further = partial(in_four_bits, device=device, precision=precision) if options.qlora else None
-    model = load_model(options.model, labels, dropout=options.dropout, further=further)
+    model = load_model(
+        options.model, data.labels, dropout=options.dropout, further=further, problem_type=data.problem_type
+    )
     return add_adapters(model, options.lora_rank) if options.lora or options.qlora else model
 
 
 def teacher_options(
-    text_column: str | None, text_pair_column: str | None, label_column: str | None, **options: Any
+    text_column: str | None,
+    text_pair_column: str | None,
+    label_column: str | None,
+    multi_label: bool,
+    label_separator: str,
+    **options: Any,
 ) -> TeacherOptions:
     """Options as the command line has them."""
-    return TeacherOptions(columns=Columns(text_column, text_pair_column, label_column), **options)
+    if multi_label and not label_separator:
+        raise DistillError("--label-separator: empty; give what stands between labels, such as ,")
+    separator = label_separator if multi_label else None
+    return TeacherOptions(columns=Columns(text_column, text_pair_column, label_column, separator), **options)
 
 
 def tune_teacher(**options: Any) -> float:
@@ -107,18 +87,16 @@ def _fit(options: TeacherOptions, data: Data) -> tuple[Trained, Any]:
     """Train on data; the test split is not looked at. The model, merged, and its tokenizer."""
     tokenizer = load_tokenizer(options.model, options.max_length)
     set_seed(options.seed)  # a new head is drawn at random
-    model = _build(options, data.labels)
+    model = _build(options, data)
     resume_from = prepare_checkpoints(
         options, {**options.recipe(), "data_fingerprint": data.fingerprint}, "train-teacher"
     )
     train = tokenize(data.splits["train"], tokenizer)
-    weights = (
-        balanced_weights(np.asarray(train["label"]), len(data.labels)) if options.class_weights else None
-    )
+    weights = balanced_weights(labels_of(train), len(data.labels)) if options.class_weights else None
     validation = tokenize(data.splits["validation"], tokenizer)
 
     def loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return focal_loss(logits, batch["labels"], weights, options.label_smoothing, options.focal_gamma)
+        return teacher_loss(logits, batch["labels"], weights, options.label_smoothing, options.focal_gamma)
 
     trained = fit(model, tokenizer, train, validation, options, loss, "Teacher", resume_from)
     if options.lora or options.qlora:
@@ -164,17 +142,19 @@ def train_teacher(options: TeacherOptions) -> Manifest:
         split: predict_logits(trained.model, tokenizer, data.splits[split], trained.device, trained.precision)
         for split in EVALUATED
     }
-    results = {
-        s: score(np.asarray(data.splits[s]["label"]), logits[s].argmax(1), len(data.labels))
-        for s in EVALUATED
-    }
+    truth = {split: labels_of(data.splits[split]) for split in EVALUATED}
+    decision = Decision(thresholds=fit_thresholds(logits["validation"], truth["validation"]))
     manifest = Manifest(
         stage="train-teacher",
         labels=data.labels,
         options={k: str(v) if isinstance(v, Path) else v for k, v in options.recipe().items()},
         seed=options.seed,
         data=data.manifest(),
-        metrics={split: value.summary() for split, value in results.items()},
+        metrics={
+            split: score(truth[split], decision.answers(logits[split]), len(data.labels)).summary()
+            for split in EVALUATED
+        },
+        problem_type=data.problem_type,
         max_length=tokenizer.model_max_length,
         parameters=count_parameters(trained.model),
         device=trained.device,

@@ -62,7 +62,7 @@ FILES = {
     "bad JSON": ("x.jsonl", '{"text": "a", "label": "b"}\n{"text": \n', "x.jsonl, line 2", "one object a line"),
     "JSON array": ("x.jsonl", '["a", "b"]\n', "x.jsonl, line 1", "object"),
     "text is a number": ("x.jsonl", '{"text": 3, "label": "b"}\n', "x.jsonl, line 1", "--text-column"),
-    "label is a list": ("x.jsonl", '{"text": "a", "label": ["b"]}\n', "x.jsonl, line 1", "one string or integer"),
+    "label is a list": ("x.jsonl", '{"text": "a", "label": ["b"]}\n', "x.jsonl, line 1", "--multi-label"),
     "damaged Parquet": ("x.parquet", "PAR1 nothing", "x.parquet", "not a readable Parquet"),
     "one label": ("x.csv", "text,label\na,b\nc,b\n", "only one label (b)", "at least two"),
     "label is free text": (

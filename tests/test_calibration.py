@@ -1,17 +1,19 @@
 import numpy as np
 import pytest
+from scipy.special import expit
 from sklearn.metrics import brier_score_loss, log_loss
 
 from distill.calibration import (
     BINS,
     calibration,
+    fit_decision,
     fit_temperature,
     nll,
     risk_coverage,
     select,
     threshold_for,
 )
-from distill.metrics import softmax
+from distill.decision import softmax
 
 
 def _sample(rows=4000, classes=4, scale=1.0, seed=0):
@@ -96,3 +98,15 @@ def test_the_threshold_keeps_the_precision_asked_for_with_the_largest_coverage()
 
 def test_a_precision_that_no_threshold_gives_is_said_to_be_out_of_reach():
     assert threshold_for(np.array([0.9, 0.8]), np.array([False, True]), 0.99) is None
+
+
+def test_several_labels_are_calibrated_as_questions_with_two_answers():
+    generator = np.random.default_rng(0)
+    logits = 3 * generator.normal(size=(500, 4))
+    labels = generator.random((500, 4)) < expit(logits / 2)
+    assert nll(logits, labels, 2.0) == pytest.approx(log_loss(labels.ravel(), expit(logits.ravel() / 2)))
+    assert fit_temperature(logits, labels) == pytest.approx(2.0, rel=0.15)
+    found = calibration(logits, labels, 2.0)
+    assert sum(found.count) == 2000 and found.ece < 0.03 < calibration(logits, labels, 0.5).ece
+    decision = fit_decision(logits, labels)
+    assert decision.temperature == fit_temperature(logits, labels) and len(decision.thresholds) == 4

@@ -200,3 +200,26 @@ def test_a_rare_class_cannot_hide_a_loss_from_the_gate(support, lost, margin):
         value = f1_score(labels, answers, average="macro") - 1
         passed += non_inferior(difference_interval(value, change, undetected_macro(support)), margin)
     assert passed <= 5
+
+
+def test_intervals_of_several_labels_are_those_of_resampled_rows():
+    generator = np.random.default_rng(5)
+    labels = generator.random((200, 4)) < [0.5, 0.3, 0.2, 0.1]
+    versions = [labels ^ (generator.random(labels.shape) < rate) for rate in (0.1, 0.2)]
+    boot = paired_bootstrap(labels, versions, 4, resamples=4000)
+    rows = generator.integers(0, 200, size=(4000, 200))
+    for version, answers in enumerate(versions):
+        truth, answered = labels[rows], answers[rows]
+        f1 = 2 * (truth & answered).sum(1) / (truth.sum(1) + answered.sum(1))
+        for mine, theirs in (
+            (boot.macro_f1[:, version], f1.mean(axis=1)),
+            (boot.f1[:, version, 3], f1[:, 3]),
+            (boot.accuracy[:, version], (truth == answered).all(-1).mean(1)),
+        ):
+            assert mine.mean() == pytest.approx(theirs.mean(), abs=0.004)
+            assert np.quantile(mine, [0.025, 0.975]) == pytest.approx(
+                np.quantile(theirs, [0.025, 0.975]), abs=0.015
+            )
+    tested = mcnemar(labels, *versions)
+    right = [(one == labels).all(axis=1) for one in versions]
+    assert (tested.lost, tested.gained) == ((right[0] & ~right[1]).sum(), (~right[0] & right[1]).sum())

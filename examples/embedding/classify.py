@@ -13,9 +13,11 @@ def main(bundle: str) -> None:
     """Answer each line of standard input with a line of JSON."""
     classifier = Classifier(bundle)
     texts = (line.rstrip("\n") for line in sys.stdin)
-    for probabilities in classifier.stream_proba(texts):
-        best = int(probabilities.argmax())
-        answer = {"label": classifier.labels[best], "score": float(probabilities[best])}
+    for logits in classifier.stream_logits(texts):
+        scores = dict(zip(classifier.labels, classifier.probabilities(logits).tolist(), strict=True))
+        label = classifier.answer(logits)  # a list, where a text may have several
+        score = scores[label] if isinstance(label, str) else [scores[one] for one in label]
+        answer = {"label": label, "score": score}
         sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
 
 

@@ -75,10 +75,10 @@ class Texts(BaseModel):
 
 
 class Prediction(BaseModel):
-    """The answer to one text, with calibrated probabilities."""
+    """The answer to one text, with calibrated probabilities; lists where a text may have several labels."""
 
-    label: str
-    score: float
+    label: str | list[str]
+    score: float | list[float]
     probabilities: dict[str, float]
 
 
@@ -106,7 +106,7 @@ class Batcher:
         self.waiting = 0
 
     async def classify(self, texts: list[str]) -> NDArray:
-        """Probabilities, shape (n, classes).
+        """Logits, shape (n, classes).
 
         Raises:
             TooMany: if the queue could never hold them.
@@ -151,7 +151,7 @@ class Batcher:
     async def _answer(self, batch: list[tuple[list[str], asyncio.Future[NDArray]]]) -> None:
         texts = [text for texts, _ in batch for text in texts]
         try:
-            found = await self._classifier.apredict_proba(texts)
+            found = await self._classifier.apredict_logits(texts)
         except Exception as error:
             if len(batch) > 1:  # one request must not fail the others
                 for request in batch:
@@ -233,10 +233,12 @@ async def predict(given: Texts, request: Request) -> JSONResponse:
     classifier, metrics = request.app.state.classifier, request.app.state.metrics
     predictions = []
     for row in await request.app.state.batcher.classify(given.texts):
-        probabilities = dict(zip(classifier.labels, row.tolist(), strict=True))
-        label = classifier.labels[int(row.argmax())]
-        metrics.texts.labels(label).inc()
-        predictions.append({"label": label, "score": probabilities[label], "probabilities": probabilities})
+        probabilities = dict(zip(classifier.labels, classifier.probabilities(row).tolist(), strict=True))
+        label = classifier.answer(row)
+        for one in [label] if isinstance(label, str) else label:
+            metrics.texts.labels(one).inc()
+        score = probabilities[label] if isinstance(label, str) else [probabilities[one] for one in label]
+        predictions.append({"label": label, "score": score, "probabilities": probabilities})
     return JSONResponse({"predictions": predictions})
 
 

@@ -12,10 +12,13 @@ function element(name, text, className) {
   return node;
 }
 
-const wrong = (row, version) => row.a[version][0] !== row.y;
+// Classes of an answer come in the order of the labels.
+const sameAs = (one, other) => one.join() === other.join();
+const wrong = (row, version) => !sameAs(row.a[version][0], row.y);
+const names = classes => classes.map(label => data.labels[label]).join(", ") || "none";
 const filters = [
   ["all of them", () => true],
-  ["versions disagree", row => row.a.some(answer => answer[0] !== row.a[0][0])],
+  ["versions disagree", row => row.a.some(answer => !sameAs(answer[0], row.a[0][0]))],
   ["every version is wrong", row => row.a.every((_, version) => wrong(row, version))],
   ...data.versions.map((name, version) => [`${name} is wrong`, row => wrong(row, version)]),
   ...data.versions.slice(1).map((name, index) => [
@@ -32,9 +35,9 @@ data.labels.forEach((label, index) => byClass.append(new Option(label, index)));
 const textOf = row => (row.w ? row.w.join("") : row.t);
 
 function answer(row, version) {
-  const [label, probability] = row.a[version];
+  const [classes, probability] = row.a[version];
   const node = element("span", `${data.versions[version]}: `);
-  node.append(element("b", data.labels[label], label === row.y ? "right" : "wrong"), ` ${probability.toFixed(2)}`);
+  node.append(element("b", names(classes), wrong(row, version) ? "wrong" : "right"), ` ${probability.toFixed(2)}`);
   return node;
 }
 
@@ -68,7 +71,7 @@ function explained(row) {
   const node = element("div"), chooser = element("select"), columns = element("div", undefined, "versions");
   chooser.setAttribute("aria-label", "Class that the words speak for");
   row.c.forEach((label, position) => chooser.append(new Option(data.labels[label], position)));
-  chooser.value = Math.max(0, row.c.indexOf(row.a[0][0]));
+  chooser.value = Math.max(0, row.c.indexOf(row.a[0][0][0]));
   const draw = () => {
     columns.replaceChildren(...data.versions.map((_, version) => {
       const column = element("div"), head = element("h4");
@@ -89,7 +92,7 @@ function explained(row) {
 function item(row) {
   const node = element("li"), meta = element("div", undefined, "meta");
   meta.append(element("span", `text ${row.n}`), element("span"));
-  meta.lastChild.append("true class: ", element("b", data.labels[row.y]));
+  meta.lastChild.append("true class: ", element("b", names(row.y)));
   if (!row.w) data.versions.forEach((_, version) => meta.append(answer(row, version)));
   node.append(meta, row.w ? explained(row) : element("p", row.t, "text"));
   return node;
@@ -104,7 +107,7 @@ function extend() {
 function apply() {
   const wanted = search.value.toLowerCase(), keep = filters[Number(who.value)][1];
   found = data.rows.filter(row =>
-    keep(row) && (byClass.value === "" || row.y === Number(byClass.value)) && textOf(row).toLowerCase().includes(wanted));
+    keep(row) && (byClass.value === "" || row.y.includes(Number(byClass.value))) && textOf(row).toLowerCase().includes(wanted));
   count.textContent = `${found.length} texts`;
   list.replaceChildren();
   shown = 0;

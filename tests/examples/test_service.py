@@ -78,7 +78,7 @@ class _Slow:
     def __init__(self, seconds=0.05):
         self.seconds, self.batches = seconds, []
 
-    async def apredict_proba(self, texts):
+    async def apredict_logits(self, texts):
         self.batches.append(list(texts))
         await asyncio.sleep(self.seconds)
         if "bad" in texts:
@@ -188,7 +188,7 @@ def test_what_is_no_text_is_refused_and_failures_are_counted(client, monkeypatch
     async def fail(texts):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(client.app.state.classifier, "apredict_proba", fail)
+    monkeypatch.setattr(client.app.state.classifier, "apredict_logits", fail)
     with pytest.raises(RuntimeError, match="broken"):
         client.post("/predict", json={"texts": ["x"]})
     assert 'distill_requests_total{status="500"} 1.0' in client.get("/metrics").text

@@ -23,10 +23,10 @@ def browsed(chain):
     report, browsed, _ = compile_report(
         ReportOptions(chain.teacher, chain.student, chain.export, texts=2, explain=4)
     )
-    answers = [[0, 0.9], [1, 0.8], [0, 0.7]]
+    answers = [[[0], 0.9], [[1], 0.8], [[0], 0.7]]
     browsed["rows"] += [
-        {"n": 9001, "y": 0, "a": answers, "t": ATTACK},
-        {"n": 9002, "y": 1, "a": answers, "t": "x" * 10_000},
+        {"n": 9001, "y": [0], "a": answers, "t": ATTACK},
+        {"n": 9002, "y": [1], "a": answers, "t": "x" * 10_000},
     ]
     return report, browsed
 
@@ -77,7 +77,7 @@ def test_every_filter_shows_what_it_says(driver, browsed):
     wrong = [[label != row["y"] for label, _ in row["a"]] for row in rows]
     expected = {
         "all of them": len(rows),
-        "versions disagree": sum(len({label for label, _ in row["a"]}) > 1 for row in rows),
+        "versions disagree": sum(len({tuple(labels) for labels, _ in row["a"]}) > 1 for row in rows),
         "every version is wrong": sum(all(one) for one in wrong),
         "explained": sum("w" in row for row in rows),
         **{f"{name} is wrong": sum(one[index] for one in wrong) for index, name in enumerate(versions)},
@@ -105,7 +105,7 @@ def test_every_filter_shows_what_it_says(driver, browsed):
         assert driver.find_element("id", "count").text == f"{count} texts"
     _choose(driver, "who", "all of them")
     _choose(driver, "class", labels[1])
-    assert _listed(driver) == sum(row["y"] == 1 for row in rows)
+    assert _listed(driver) == sum(row["y"] == [1] for row in rows)
     _choose(driver, "class", "any")
 
 

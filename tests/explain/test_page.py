@@ -16,6 +16,7 @@ from distill.explain.report import ReportOptions, compile_report
 from distill.explain.versions import Version
 from distill.explain.words import split_words
 
+from distill.decision import Decision
 from distill.predictions import Predictions
 
 ATTACKS = [
@@ -75,7 +76,7 @@ def test_labels_and_texts_cannot_break_out(compiled):
     browsed = {
         **compiled[1],
         "labels": ATTACKS,
-        "rows": [{"n": 1, "y": 0, "a": [[0, 0.5]] * 3, "t": " ".join(ATTACKS)}],
+        "rows": [{"n": 1, "y": [0], "a": [[[0], 0.5]] * 3, "t": " ".join(ATTACKS)}],
     }
     page = render_page(report, browsed)
     parser = _parse(page)
@@ -92,7 +93,7 @@ def _versions(count, classes, generator, tmp_path):
         logits = generator.normal(size=(count, classes)).astype(np.float32)
         logits[np.arange(count), labels] += 1.5
         answers = Predictions([str(n) for n in range(count)], labels, logits)
-        versions.append(Version(name, tmp_path, "x.onnx", 1, 64, answers, answers, 1.0))
+        versions.append(Version(name, tmp_path, "x.onnx", 1, 64, answers, answers, Decision()))
     return versions
 
 
@@ -150,9 +151,9 @@ def test_the_browser_lists_explained_then_disputed_then_wrong_texts(tmp_path):
     np.testing.assert_allclose(rows[0]["v"][2], values[:, rows[0]["c"]].T, atol=5e-4)
     chosen = rows[0]["c"].index(found["teacher"].predicted)
     assert rows[0]["o"] == [r[chosen][0] is not None and r[chosen][0] < OTHER_REASONS for r in rows[0]["r"]]
-    predicted = np.stack([version.test.predicted for version in versions])
+    predicted = np.stack([version.answers for version in versions])
     truth = versions[0].test.labels
     wanted = {n for n in range(100) if (predicted[:, n] != truth[n]).any()} | {7}
     assert {row["n"] - 1 for row in rows} == wanted
-    disputed = [len({label for label, _ in row["a"]}) > 1 for row in rows[1:]]
+    disputed = [len({tuple(labels) for labels, _ in row["a"]}) > 1 for row in rows[1:]]
     assert disputed == sorted(disputed, reverse=True)

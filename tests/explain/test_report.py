@@ -10,6 +10,7 @@ from distill.explain.versions import Version
 from sklearn.metrics import classification_report, confusion_matrix
 
 from distill import write_report
+from distill.decision import Decision
 from distill.metrics import score
 from distill.predictions import Predictions, read_predictions
 
@@ -35,7 +36,7 @@ def test_scores_are_scikit_learns_on_the_saved_predictions(chain, content):
     assert [row["version"] for row in content["versions"]] == list(folders)
     for row in content["versions"]:
         saved = read_predictions(folders[row["version"]], "test")[row["version"]]
-        labels, predictions = saved.labels, saved.predicted
+        labels, predictions = saved.labels, saved.logits.argmax(axis=1)
         theirs = classification_report(
             labels,
             predictions,
@@ -132,7 +133,7 @@ def _row(name, latency, low, value, high):
         "version": name, "latency_ms": latency, "speedup": 2.0, "bytes": 10, "macro_f1_kept": 0.9,
         "scores": {"macro_f1": 0.8}, "difference": {"macro_f1": change, "f1": [change, change], "calls": ["even", "even"]},
         "calibration": {"calibrated": {"ece": 0.1}, "uncalibrated": {"ece": 0.2}},
-        "abstention": {"target_precision": 0.9, "test": None},
+        "abstention": {"target_precision": 0.9, "test": None}, "thresholds": None,
     }  # fmt: skip
 
 
@@ -141,6 +142,7 @@ TEACHER = {
     "bytes": 100,
     "scores": {"macro_f1": 0.85, "support": [50, 50]},
     "intervals": {"macro_f1": {"low": 0.8}},
+    "thresholds": None,
 }
 SIZES = {"latency_ms": 1.0, "speedup": 1.0, "bytes": 9}
 FP32 = _row("onnx-fp32", 3.0, -0.005, 0.0, 0.005)
@@ -238,7 +240,7 @@ def test_when_int8_is_refused_the_page_says_so_and_gives_the_reasons_of_what_is_
 def _version(name, labels, predicted, classes, tmp_path):
     logits = 4 * np.eye(classes, dtype=np.float32)[predicted]
     answers = Predictions([str(n) for n in range(len(labels))], labels, logits)
-    return Version(name, tmp_path, "x.onnx", 1, 64, answers, answers, 1.0)
+    return Version(name, tmp_path, "x.onnx", 1, 64, answers, answers, Decision())
 
 
 def test_equally_good_versions_are_not_called_worse_in_some_of_150_classes(tmp_path):
@@ -251,7 +253,7 @@ def test_equally_good_versions_are_not_called_worse_in_some_of_150_classes(tmp_p
         versions.append(_version(name, labels, predicted, 150, tmp_path))
     rows = compare_versions(versions, 150, 0.9, seed=0)
     assert sum(call != "even" for call in rows[1]["difference"]["calls"]) <= 1
-    predicted = np.where((labels == 7) & (generator.random(len(labels)) < 0.7), 8, versions[0].test.predicted)
+    predicted = np.where((labels == 7) & (generator.random(len(labels)) < 0.7), 8, versions[0].answers)
     rows = compare_versions(
         [versions[0], _version("int8", labels, predicted, 150, tmp_path)], 150, 0.9, seed=0
     )
@@ -275,7 +277,7 @@ def test_a_threshold_keeps_its_promise_in_the_digits_that_are_shown(tmp_path):
     labels = np.r_[np.ones(40), np.zeros(90)].astype(np.int64)
     answers = Predictions([str(n) for n in range(130)], labels, logits)
     versions = [
-        Version(name, tmp_path, "x.onnx", 1, 64, answers, answers, 1.0) for name in ("teacher", "int8")
+        Version(name, tmp_path, "x.onnx", 1, 64, answers, answers, Decision()) for name in ("teacher", "int8")
     ]
     found = compare_versions(versions, 2, 0.95, seed=0)[1]["abstention"]
     assert found["validation"]["precision"] >= 0.95
@@ -300,7 +302,7 @@ def test_agreement_is_given_for_every_pair_and_every_explained_text(content):
     assert [tuple(one["versions"]) for one in reasons["between"]] == pairs
     assert len(reasons["single_texts"]) == reasons["texts"]
     for one in reasons["single_texts"]:
-        classes = {one["true_class"], *one["answers"].values()}
+        classes = {*one["true_classes"], *one["answers"].values()}
         assert {(tuple(pair["versions"]), pair["class"]) for pair in one["pairs"]} == {
             (pair, label) for pair in pairs for label in classes
         }

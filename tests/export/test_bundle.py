@@ -61,7 +61,7 @@ def test_without_int8_the_cpu_gets_the_fp32_file(chain, tmp_path):
 
 def test_an_export_that_loses_too_much_fails_and_leaves_nothing(chain, tmp_path, monkeypatch):
     scores = iter([0.9] + [0.5] * 50)
-    monkeypatch.setattr(Draft, "macro_f1", lambda self, logits, split: next(scores))
+    monkeypatch.setattr(Draft, "macro_f1", lambda self, logits: next(scores))
     with pytest.raises(DistillError, match=r"loses 40\.00 points"):
         export_student(ExportOptions(student=chain.student, output=tmp_path / "b", int8=True))
     assert list(tmp_path.iterdir()) == []
@@ -79,9 +79,9 @@ def test_an_interrupted_export_leaves_nothing(chain, tmp_path, monkeypatch, step
 
 
 def test_a_graph_that_differs_from_pytorch_is_refused():
-    reference = np.zeros((4, 2), dtype=np.float32)
-    require_parity(compare(reference, reference + 1e-4))
+    reference, labels = np.zeros((4, 2), dtype=np.float32), np.zeros(4, dtype=np.int64)
+    require_parity(compare(reference, reference + 1e-4, labels))
     with pytest.raises(DistillError, match=r"by 0\.5 in a logit"):
-        require_parity(compare(reference, reference + 0.5))
+        require_parity(compare(reference, reference + 0.5, labels))
     with pytest.raises(DistillError):
-        require_parity(compare(reference, reference * np.nan))
+        require_parity(compare(reference, reference * np.nan, labels))

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from distill.student.losses import UNLABELED, distillation_loss
+from distill.student.losses import UNLABELED, distillation_loss, hard_label_loss
 from scipy.special import log_softmax, rel_entr, softmax
+from torch.distributions import Bernoulli, Independent, kl_divergence
 from torch.nn import functional as F
 
 
@@ -80,3 +81,29 @@ def test_temperature_squared_keeps_the_size_of_the_gradient():
         distillation_loss(student, teacher, labels, temperature, 1.0).backward()
         norms.append(student.grad.norm().item())
     assert norms[1] == pytest.approx(norms[0], rel=0.2)
+
+
+def _several_labels():
+    student, teacher, _ = _case()
+    return student, teacher, (torch.arange(30).reshape(6, 5) % 3 == 0).long()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_several_labels_are_independent_of_each_other(temperature, alpha):
+    """The loss is that of products of Bernoulli distributions."""
+    student, teacher, labels = _several_labels()
+    p, q = (Independent(Bernoulli(logits=logits / temperature), 1) for logits in (teacher, student))
+    hard = -Independent(Bernoulli(logits=student), 1).log_prob(labels.double()).mean()
+    expected = alpha * temperature**2 * kl_divergence(p, q).mean() + (1 - alpha) * hard
+    found = distillation_loss(student, teacher, labels, temperature, alpha)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
+def test_gradient_with_several_labels_passes_gradcheck_and_unlabelled_rows_have_no_hard_term():
+    student, teacher, labels = _several_labels()
+    labels[2] = UNLABELED
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: distillation_loss(z, teacher, labels, 3.0, 0.7), (student,))
+    hard_label_loss(student, labels).backward()
+    assert not student.grad[2].any() and student.grad[[0, 1, 3, 4, 5]].all()

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from distill.teacher.training import TeacherOptions, balanced_weights, focal_loss, train_teacher
+from distill.teacher.losses import balanced_weights, teacher_loss
+from distill.teacher.training import TeacherOptions, train_teacher
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 from transformers import TrainingArguments
@@ -34,16 +35,16 @@ def test_the_loss_is_torchs_weighted_and_smoothed_cross_entropy():
     weights = balanced_weights(LABELS, 3)
     # Over all labels the balanced weights are 1 on average, so PyTorch's mean is the same.
     expected = F.cross_entropy(logits, labels, weight=weights, label_smoothing=0.1)
-    torch.testing.assert_close(focal_loss(logits, labels, weights, 0.1, 0.0), expected)
+    torch.testing.assert_close(teacher_loss(logits, labels, weights, 0.1, 0.0), expected)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 def test_a_step_in_parts_has_the_gradient_of_the_whole(gamma):
     logits, labels = torch.randn(20, 3, requires_grad=True), torch.tensor(LABELS)
     weights = balanced_weights(LABELS, 3)
-    (whole,) = torch.autograd.grad(focal_loss(logits, labels, weights, 0.0, gamma), logits)
+    (whole,) = torch.autograd.grad(teacher_loss(logits, labels, weights, 0.0, gamma), logits)
     parts = [
-        focal_loss(logits[row : row + 1], labels[row : row + 1], weights, 0.0, gamma) / 20
+        teacher_loss(logits[row : row + 1], labels[row : row + 1], weights, 0.0, gamma) / 20
         for row in range(20)
     ]
     (summed,) = torch.autograd.grad(sum(parts), logits)
@@ -58,14 +59,38 @@ def test_the_focal_loss_is_its_papers_and_differentiable(weighted):
     probability = torch.softmax(logits, dim=1)[range(20), labels]
     share = weights[labels] if weighted else torch.ones(20, dtype=torch.float64)
     expected = -(share * (1 - probability) ** 2 * probability.log()).mean()
-    torch.testing.assert_close(focal_loss(logits, labels, weights, 0.0, 2.0), expected)
-    assert torch.autograd.gradcheck(lambda z: focal_loss(z, labels, weights, 0.1, 2.0), (logits,))
+    torch.testing.assert_close(teacher_loss(logits, labels, weights, 0.0, 2.0), expected)
+    assert torch.autograd.gradcheck(lambda z: teacher_loss(z, labels, weights, 0.1, 2.0), (logits,))
+
+
+SEVERAL = np.arange(60).reshape(20, 3) % 4 == 0
+
+
+def test_the_loss_of_several_labels_is_torchs_summed_over_the_labels():
+    logits, labels = torch.randn(20, 3), torch.tensor(SEVERAL).long()
+    expected = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum") / 20
+    torch.testing.assert_close(teacher_loss(logits, labels, None, 0.0, 0.0), expected)
+    weights = balanced_weights(SEVERAL, 3)
+    for label in range(3):
+        expected = compute_class_weight("balanced", classes=np.array([False, True]), y=SEVERAL[:, label])
+        np.testing.assert_allclose(weights[:, label].numpy(), expected, rtol=1e-6)
+
+
+def test_the_focal_loss_of_several_labels_is_torchvisions_formula_and_differentiable():
+    logits = torch.randn(20, 3, dtype=torch.float64, requires_grad=True)
+    labels, weights = torch.tensor(SEVERAL).long(), balanced_weights(SEVERAL, 3).double()
+    p = torch.sigmoid(logits)
+    right = p * labels + (1 - p) * (1 - labels)
+    share = weights[1] * labels + weights[0] * (1 - labels)
+    expected = -(share * (1 - right) ** 2 * right.log()).sum() / 20
+    torch.testing.assert_close(teacher_loss(logits, labels, weights, 0.0, 2.0), expected)
+    assert torch.autograd.gradcheck(lambda z: teacher_loss(z, labels, weights, 0.1, 2.0), (logits,))
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 def test_a_text_that_is_surely_right_has_no_gradient_and_not_nan(gamma):
     logits = torch.tensor([[30.0, 0.0]], requires_grad=True)
-    focal_loss(logits, torch.tensor([0]), None, 0.0, gamma).backward()
+    teacher_loss(logits, torch.tensor([0]), None, 0.0, gamma).backward()
     assert logits.grad.abs().max() < 1e-6
 
 
@@ -89,7 +114,7 @@ def test_the_manifest_says_what_was_done_and_the_files_match_it(chain):
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_saved_predictions_give_the_manifests_scores(chain, split):
     saved = read_predictions(chain.teacher, split)["teacher"]
-    found = score(saved.labels, saved.predicted, 3)
+    found = score(saved.labels, saved.logits.argmax(axis=1), 3)
     assert found.summary() == read_manifest(chain.teacher, "train-teacher").metrics[split]
 
 
