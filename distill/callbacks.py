@@ -10,8 +10,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from distill import processes
+
 logger = logging.getLogger(__name__)
 SAVE_SECONDS = 600
+AGREE_STEPS = 10  # between two looks at the first process' clock
 
 
 def _clock(seconds: float) -> str:
@@ -34,7 +37,7 @@ class ProgressCallback(TrainerCallback):
         """Start the clock."""
         self.start, self.first = time.monotonic(), state.global_step
         self.next_line = 0.1
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and processes.rank() == 0:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -85,7 +88,9 @@ class SaveInTime(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the clock."""
-        if time.monotonic() - self.last >= SAVE_SECONDS:
+        if processes.count() > 1 and state.global_step % AGREE_STEPS:
+            return
+        if processes.once(lambda: time.monotonic() - self.last >= SAVE_SECONDS):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from distill import processes
 from distill.errors import DistillError
 
 # command -> (module:function, the line that `distill --help` shows)
@@ -63,6 +64,8 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except DistillError as error:
+            if processes.rank():  # the first one says it
+                raise SystemExit(1) from error
             raise click.ClickException(str(error)) from error
         except OSError as error:
             if error.filename is None:
@@ -124,7 +127,8 @@ def _by_parameter(path: Path, name: str, options: dict[str, Any], command: click
 def cli(ctx: click.Context, config: Path | None, verbose: bool) -> None:
     """Distil a large text classifier into a small INT8 ONNX model, and prove that they agree."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    logging.getLogger("distill").setLevel(logging.DEBUG if verbose else logging.INFO)
+    level = logging.ERROR if processes.rank() else logging.DEBUG if verbose else logging.INFO
+    logging.getLogger("distill").setLevel(level)
     if config is not None and not config.is_file():
         raise click.UsageError(f"--config {config}: no such file")
     path = config or Path("distill.toml")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from distill import processes
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ def training_options(epochs: float, learning_rate: float) -> Callable[[Callable]
 
 def show_stage(manifest: "Manifest", output: Path, as_json: bool) -> None:
     """Print what a finished stage reached."""
+    if processes.rank():
+        return
     if as_json:
         click.echo(json.dumps(asdict(manifest), ensure_ascii=False))
         return

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from distill import processes
 from distill.callbacks import ProgressCallback, SaveInTime, Watch, being_watched
 from distill.decision import Decision, fit_thresholds
 from distill.errors import DistillError
@@ -80,8 +81,16 @@ def _of_this_version(options: TrainingOptions) -> dict[str, Any]:
     return {"warmup_steps": min(options.warmup_ratio, 1 - 1e-9)}  # from 1 on it counts steps
 
 
+class _Arguments(TrainingArguments):
+    @property
+    def device(self) -> torch.device:
+        """As the base class has it; but PyTorch restores no checkpoint to the second process' "cpu:1"."""
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+
 def _arguments(options: TrainingOptions, cut: Plan, precision: str, device: str) -> TrainingArguments:
-    return TrainingArguments(
+    return _Arguments(
         output_dir=str(options.checkpoints),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
@@ -115,6 +124,7 @@ def _arguments(options: TrainingOptions, cut: Plan, precision: str, device: str)
         logging_steps=10,
         run_name=options.output.name,
         report_to=list(options.report_to),
+        log_level_replica="error",
     )
 
 
@@ -133,7 +143,8 @@ class Trained:
 
     def steps(self) -> dict[str, Any]:
         """For a manifest: how every step was cut."""
-        return {name: value for name, value in asdict(self.cut).items() if name != "peak"}
+        cut = {name: value for name, value in asdict(self.cut).items() if name != "peak"}
+        return {**cut, "processes": processes.count()}
 
 
 def fit(
@@ -198,7 +209,11 @@ def fit(
             if get_last_checkpoint(str(options.checkpoints)) and not being_watched():
                 logger.info("%s: interrupted; --resume goes on from the last checkpoint", title)
             raise
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if processes.count() > 1:  # the others wait in the middle of a step
+                raise DistillError(
+                    f"{title}: out of memory; give a smaller --batch-size and more --gradient-accumulation"
+                ) from error
             return None
         finally:
             progress.close()
@@ -206,7 +221,7 @@ def fit(
 
     logger.info("%s: %d texts on %s in %s", title, len(train), device, precision)
     with first_token_only(model.get_base_model() if hasattr(model, "get_base_model") else model):
-        cut = _cut(model, tokenizer, train, options, device, precision, title)
+        cut = processes.once(lambda: _cut(model, tokenizer, train, options, device, precision, title))
         # What an attempt that ran out of memory has changed is put back.
         start = _trained_weights(model) if device in KEEPING_START else {}
         while (trainer := attempt(cut, resume_from)) is None:
@@ -280,6 +295,8 @@ def predict_logits(
 ) -> NDArray[np.float32]:
     """Logits for every row, shape (n, classes), computed in batches of similar length.
 
+    Processes that train together take a part each, and all get the whole.
+
     Args:
         model: a sequence classifier; moved to `device`.
         tokenizer: its tokenizer.
@@ -287,10 +304,15 @@ def predict_logits(
         device: "cpu" or "cuda".
         precision: "fp32", "bf16" or "fp16" (autocast).
     """
-    encoded = tokenize(dataset, tokenizer)
+    total, rank, count = len(dataset), processes.rank(), processes.count()
+    encoded = tokenize(dataset.select(range(rank, total, count)) if count > 1 else dataset, tokenizer)
     inputs = encoded.select_columns(
         [name for name in tokenizer.model_input_names if name in encoded.column_names]
     )
     model.to(device).eval()
     lengths = np.asarray(encoded["length"])
-    return batched_logits(model, tokenizer, inputs.__getitem__, lengths, device, precision)
+    logits = np.empty((total, model.config.num_labels), dtype=np.float32)
+    own = batched_logits(model, tokenizer, inputs.__getitem__, lengths, device, precision)
+    for number, part in enumerate(processes.gather(own)):
+        logits[number::count] = part
+    return logits

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from distill.artifact import Manifest, manifest_hash
 from distill.models import choose_device, choose_precision, load_model, load_tokenizer
 from distill.predictions import UNSEEN, read_predictions
+from distill.processes import once
 from distill.training import predict_logits
 
 logger = logging.getLogger(__name__)
@@ -85,11 +87,8 @@ def teacher_logits(
         started = time.monotonic()
         for start in range(0, len(missing), CHUNK):
             rows = missing[start : start + CHUNK]
-            _write(
-                folder,
-                wanted[rows],
-                predict_logits(model, tokenizer, dataset.select(rows), device, precision),
-            )
+            found = predict_logits(model, tokenizer, dataset.select(rows), device, precision)
+            once(partial(_write, folder, wanted[rows], found))
             done = start + len(rows)
             left = (time.monotonic() - started) / done * (len(missing) - done)
             logger.info("Soft labels: %d of %d, %d s left", done, len(missing), left)

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from distill.decision import Decision, fit_thresholds
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, labels_of, read_predictions, write_predictions
+from distill.processes import join, once
 from distill.sources import Columns, parts_of
 from distill.trainer import tokenize
 from distill.training import Trained, TrainingOptions, fit, predict_logits
@@ -69,8 +71,8 @@ def _build(options: StudentOptions, teacher: Manifest, texts: Sequence[Any]) -> 
     if options.speedup or options.latency_budget:
         goal = Goal(options.speedup, options.latency_budget)
         # A resumed run goes on with what was measured first.
-        layers = recorded_recipe(options).get("layers_kept") or choose_layers(
-            model, tokenizer, teacher.labels, texts, goal, options.teacher
+        layers = recorded_recipe(options).get("layers_kept") or once(
+            partial(choose_layers, model, tokenizer, teacher.labels, texts, goal, options.teacher)
         )
     elif layers is None and options.student is None:
         layers = max(1, model.config.num_hidden_layers // 2)
@@ -116,7 +118,7 @@ def _fit(options: StudentOptions) -> _Fitted:
     """Check everything, have the teacher label what it has not labelled yet, then train."""
     check_options(asdict(options))
     choose_precision(choose_device(options.device), options.precision)
-    refuse_unfinished(options, "train-student")
+    once(partial(refuse_unfinished, options, "train-student"))
     teacher = read_manifest(options.teacher, "train-teacher", "--teacher")
     verify(options.teacher, teacher)
     data = reload_data(teacher.data, teacher.labels, options.data)
@@ -127,23 +129,22 @@ def _fit(options: StudentOptions) -> _Fitted:
     budget = budget_of(options.augment, len(data.splits["train"])) if options.augment else 0
     model, tokenizer = _build(options, teacher, texts_of(data.splits["validation"]))
     parent = manifest_hash(options.teacher)
-    resume_from = prepare_checkpoints(
-        options,
-        {
-            **options.recipe(),
-            "layers_kept": int(model.config.num_hidden_layers),
-            "teacher_hash": parent,
-            "data_fingerprint": data.fingerprint,
-            "corpus_fingerprint": hashlib.sha256("".join(corpus["id"]).encode()).hexdigest(),
-        },
-        "train-student",
-    )
+    recipe = {
+        **options.recipe(),
+        "layers_kept": int(model.config.num_hidden_layers),
+        "teacher_hash": parent,
+        "data_fingerprint": data.fingerprint,
+        "corpus_fingerprint": hashlib.sha256("".join(corpus["id"]).encode()).hexdigest(),
+    }
+    resume_from = once(partial(prepare_checkpoints, options, recipe, "train-student"))
     extra = {"unlabeled": sum(map(len, unlabeled)), "augmented": 0}
     if budget:
         # Of the split's seed, not of this run's: all students of a teacher share texts and soft labels.
         similar = _similar_words(options.teacher, teacher, corpus)
         folder = options.checkpoints / "augmented"
-        made = augmented_text(corpus, budget, data.seed, held_out, similar, folder)
+        make = partial(augmented_text, corpus, budget, data.seed, held_out, similar, folder)
+        once(lambda: len(make()))  # the others find it made
+        made = make()
         corpus, unlabeled = concatenate_datasets([corpus, made]), [*unlabeled, made]
         extra["augmented"] = len(made)
     if options.vocabulary is not None:
@@ -154,7 +155,9 @@ def _fit(options: StudentOptions) -> _Fitted:
     if options.alpha:
         logits = teacher_logits(options.teacher, teacher, corpus, options.device, options.precision)
         rows = with_soft_labels(rows, unlabeled, logits / temperature)
-    train = tokenize(rows, tokenizer, options.checkpoints / "train.arrow")
+    file = options.checkpoints / "train.arrow"
+    once(lambda: len(tokenize(rows, tokenizer, file)))
+    train = tokenize(rows, tokenizer, file)
     validation = tokenize(data.splits["validation"], tokenizer)
 
     def loss(student_logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -180,6 +183,7 @@ def train_student(options: StudentOptions) -> Manifest:
         DistillError: for anything wrong with teacher, data, checkpoint or options, before training starts.
     """
     started = time.monotonic()
+    join(options.device)
     fitted = _fit(options)
     data, tokenizer, trained = fitted.data, fitted.tokenizer, fitted.trained
     predictions = {
@@ -212,9 +216,13 @@ def train_student(options: StudentOptions) -> Manifest:
             "steps": trained.steps(),
         },
     )
-    with publish(options.output, manifest, options.overwrite) as folder:
-        trained.model.to("cpu").save_pretrained(folder, safe_serialization=True)
-        tokenizer.save_pretrained(folder)
-        write_predictions(folder, data.splits, {"student": predictions})
-    discard_checkpoints(options)
-    return manifest
+
+    def finish() -> Manifest:
+        with publish(options.output, manifest, options.overwrite) as folder:
+            trained.model.to("cpu").save_pretrained(folder, safe_serialization=True)
+            tokenizer.save_pretrained(folder)
+            write_predictions(folder, data.splits, {"student": predictions})
+        discard_checkpoints(options)
+        return manifest
+
+    return once(finish)

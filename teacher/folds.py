@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from distill.decision import Decision, Labels
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.predictions import labels_of
+from distill.processes import once
 from distill.training import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -79,21 +81,19 @@ def out_of_fold(
     scores = []
     for number in range(folds):
         rest, held = np.flatnonzero(assigned != number), np.flatnonzero(assigned == number)
-        part = replace(
+        fold = replace(
             data,
             splits=DatasetDict({**data.splits, "train": whole.select(rest)}),
             fingerprint=f"{data.fingerprint}, fold {number} of {folds}",
         )
-        identity = json.dumps([options.recipe(), part.fingerprint], sort_keys=True, default=str)
+        identity = json.dumps([options.recipe(), fold.fingerprint], sort_keys=True, default=str)
         kept = _place(options) / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
         if not kept.is_file():
             logger.info("Fold %d of %d", number + 1, folds)
             # Without --resume an unfinished fold of another run is none to go on with.
             own = replace(options, output=_place(options) / f"fold-{number + 1}", overwrite=True)
-            found = train(own, part, whole.select(held))
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            np.save(kept.with_suffix(".partial.npy"), found)
-            kept.with_suffix(".partial.npy").replace(kept)
+            found = train(own, fold, whole.select(held))
+            once(partial(_keep, kept, found))
         logits[held] = np.load(kept)
         # No text is left to choose thresholds on: a label is given from a probability of one half.
         decision = Decision(thresholds=(0.0,) * len(data.labels) if labels.ndim == 2 else None)
@@ -101,6 +101,12 @@ def out_of_fold(
         logger.info("Fold %d of %d: macro-F1 %.4f on its own texts", number + 1, folds, scores[-1])
     logger.info("Cross-validation: macro-F1 %.4f ± %.4f", np.mean(scores), np.std(scores, ddof=1))
     return logits, scores
+
+
+def _keep(file: Path, logits: NDArray[np.float32]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.save(file.with_suffix(".partial.npy"), logits)
+    file.with_suffix(".partial.npy").replace(file)
 
 
 def discard_folds(options: TrainingOptions) -> None:

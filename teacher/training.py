@@ -23,6 +23,7 @@ from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, UNSEEN, labels_of, write_predictions
+from distill.processes import join, once
 from distill.sources import Columns
 from distill.trainer import tokenize
 from distill.training import Trained, TrainingOptions, fit, predict_logits
@@ -88,9 +89,8 @@ def _fit(options: TeacherOptions, data: Data) -> tuple[Trained, Any]:
     tokenizer = load_tokenizer(options.model, options.max_length)
     set_seed(options.seed)  # a new head is drawn at random
     model = _build(options, data)
-    resume_from = prepare_checkpoints(
-        options, {**options.recipe(), "data_fingerprint": data.fingerprint}, "train-teacher"
-    )
+    recipe = {**options.recipe(), "data_fingerprint": data.fingerprint}
+    resume_from = once(partial(prepare_checkpoints, options, recipe, "train-teacher"))
     train = tokenize(data.splits["train"], tokenizer)
     weights = balanced_weights(labels_of(train), len(data.labels)) if options.class_weights else None
     validation = tokenize(data.splits["validation"], tokenizer)
@@ -108,7 +108,7 @@ def _fold(options: TeacherOptions, data: Data, held_out: Dataset) -> NDArray[np.
     """Train a teacher on a part of the training text; logits of the rest."""
     trained, tokenizer = _fit(options, data)
     logits = predict_logits(trained.model, tokenizer, held_out, trained.device, trained.precision)
-    discard_checkpoints(options)
+    once(partial(discard_checkpoints, options))
     return logits
 
 
@@ -118,7 +118,7 @@ def _check(options: TeacherOptions) -> None:
     if options.qlora:
         check_four_bits()
     choose_precision(choose_device(options.device), options.precision)
-    refuse_unfinished(options, "train-teacher")
+    once(partial(refuse_unfinished, options, "train-teacher"))
 
 
 def train_teacher(options: TeacherOptions) -> Manifest:
@@ -131,6 +131,7 @@ def train_teacher(options: TeacherOptions) -> Manifest:
         DistillError: for anything wrong with data, checkpoint or options, before training starts.
     """
     started = time.monotonic()
+    join(options.device)
     _check(options)
     data = load_data(options.data, options.columns, options.seed)
     unseen, details = {}, {}
@@ -162,11 +163,15 @@ def train_teacher(options: TeacherOptions) -> Manifest:
         wall_seconds=round(time.monotonic() - started, 1),
         details={**details, "steps": trained.steps()},
     )
-    with publish(options.output, manifest, options.overwrite) as folder:
-        trained.model.to("cpu").save_pretrained(folder, safe_serialization=True)
-        tokenizer.save_pretrained(folder)
-        write_predictions(folder, data.splits, {"teacher": logits, UNSEEN: unseen})
-    if options.folds:
-        discard_folds(options)
-    discard_checkpoints(options)
-    return manifest
+
+    def finish() -> Manifest:
+        with publish(options.output, manifest, options.overwrite) as folder:
+            trained.model.to("cpu").save_pretrained(folder, safe_serialization=True)
+            tokenizer.save_pretrained(folder)
+            write_predictions(folder, data.splits, {"teacher": logits, UNSEEN: unseen})
+        if options.folds:
+            discard_folds(options)
+        discard_checkpoints(options)
+        return manifest
+
+    return once(finish)

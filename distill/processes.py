@@ -1,0 +1,67 @@
+"""Training in several processes, as `torchrun` and `accelerate launch` start them: who does what when."""
+
+import atexit
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+PATIENCE = timedelta(hours=24)  # one process may read data, time students or write while the others wait
+
+
+def count() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This one's number; 0 is the one that writes and talks."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join(device: str) -> None:
+    """Meet the others, before anything is decided together; nothing happens where there are none.
+
+    Args:
+        device: "auto", "cpu" or "cuda": gloo connects processes on CPUs, NCCL those on GPUs, one GPU each.
+    """
+    if count() == 1:
+        return
+    import torch
+    from accelerate import PartialState
+
+    if not torch.distributed.is_initialized():
+        on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+        PartialState(cpu=on_cpu, timeout=PATIENCE)
+        atexit.register(torch.distributed.destroy_process_group)
+
+
+def once(function: Callable[[], Result]) -> Result:
+    """Have the first process call a function; all get what it gives, or raises, as soon as it is done."""
+    if count() == 1:
+        return function()
+    import torch
+
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Result = outcome[0]
+    return result
+
+
+def gather(part: Result) -> list[Result]:
+    """What every process has, in the order of their numbers."""
+    if count() == 1:
+        return [part]
+    import torch
+
+    parts: list[Any] = [None] * count()
+    torch.distributed.all_gather_object(parts, part)
+    return parts
