@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from numpy.typing import NDArray
 
 from distill.checks import Finding, find_duplicates, report_findings
 from distill.decision import MULTI_LABEL, SINGLE_LABEL
 from distill.errors import DistillError
+from distill.files import SUFFIXES
 from distill.sources import Columns, read_file, read_source
 
 logger = logging.getLogger(__name__)
@@ -270,8 +271,13 @@ def texts_of(dataset: Dataset) -> list[str | tuple[str, str]]:
 
 
 def load_unlabeled(source: str, columns: Columns | None = None) -> Dataset:
-    """Load texts without labels: columns id, text (and text_pair), empty texts dropped."""
-    dataset = read_file(Path(source), columns or Columns(), labelled=False)
+    """Load texts without labels, from a file or a folder: columns id, text (and text_pair), none empty."""
+    paths = [Path(source)]
+    if paths[0].is_dir():
+        paths = sorted(path for path in paths[0].iterdir() if path.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise DistillError(f"--unlabeled {source}: no file with text in it; name {', '.join(SUFFIXES)}")
+    dataset = concatenate_datasets([read_file(path, columns or Columns(), labelled=False) for path in paths])
     kept = [index for index, text in enumerate(dataset["text"]) if text]
     if not kept:
         raise DistillError(f"--unlabeled {source}: every text is empty; give a file with texts")

@@ -128,6 +128,21 @@ def _answer(found: str | list[str], probabilities: dict[str, float], form: str, 
     return {**answer, "probabilities": probabilities} if as_json else answer
 
 
+def _predict_with_ray(source: str, output: str | None, bundle: Path, *rest: Any) -> None:
+    if source == "-" or output is None:
+        raise DistillError(
+            "--engine ray: reads Parquet and writes Parquet; name a file, a folder or an address as SOURCE, "
+            "and a folder or an address as --output"
+        )
+    from distill.bulk import predict_with_ray
+
+    text_column, pair_column, provider, *others = rest
+    count = predict_with_ray(
+        source, output, bundle, text_column, pair_column, "cuda" if provider == "cuda" else "cpu", *others
+    )
+    click.echo(f"{output}: {count:,} rows")
+
+
 @click.command("predict")
 @click.argument("source", default="-")
 @click.option(
@@ -139,27 +154,38 @@ def _answer(found: str | list[str], probabilities: dict[str, float], form: str, 
 @click.option("--text-column", help="Column with the text [found by its usual names].")
 @click.option("--text-pair-column", help="Column with a second text, for pairs.")
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="File to write: .csv, .tsv or .jsonl [standard output]."
+    "--output",
+    help="File to write: .csv, .tsv or .jsonl [standard output]; with --engine ray a folder, or an address.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object a line, with every class's probability."
 )
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run.")
 @click.option("--file", help="ONNX file of the bundle, such as onnx/model.onnx [the provider's].")
 @click.option("--threads", type=click.IntRange(min=1), help="Texts in flight at once [one a core].")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    help="ray: Parquet files, here or in an object store, over Ray Data; the same call goes on with an "
+    "interrupted run.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="With --engine ray [one a core, or a GPU].")
 def predict(
     source: str,
     bundle: Path,
     form: str | None,
     text_column: str | None,
     text_pair_column: str | None,
-    output: Path | None,
+    output: str | None,
     overwrite: bool,
     as_json: bool,
     provider: str,
     file: str | None,
     threads: int | None,
+    engine: str,
+    workers: int | None,
 ) -> None:
     """Classify texts from SOURCE: a CSV, TSV, JSONL or Parquet file, or - for standard input.
 
@@ -167,9 +193,15 @@ def predict(
     scores, are joined with "|". Rows are read ahead: an answer is
     written when the next row is there, and at once with --threads 1.
     """
+    if engine == "ray":
+        _predict_with_ray(
+            source, output, bundle, text_column, text_pair_column, provider, file, workers, overwrite
+        )
+        return
     from distill.runtime import Classifier
 
-    target = _target(source, output, as_json, overwrite)
+    place = Path(output) if output else None
+    target = _target(source, place, as_json, overwrite)
     if source != "-" and not Path(source).suffix and not Path(source).exists():
         raise DistillError(
             f"{source}: no such file; to classify a text, pipe it in: echo {source!r} | distill predict"
@@ -179,7 +211,7 @@ def predict(
     classifier = Classifier(bundle, provider=provider, file=file, threads=threads)
     answers = classifier.stream_logits(texts_of_rows(again, name, text_column, text_pair_column))
     added = ("prediction", "score", *(["probabilities"] if as_json else []))
-    with _writer(output, target) as write:
+    with _writer(place, target) as write:
         for (_, row), logits in zip(rows, answers, strict=False):
             taken = [column for column in added if column in row]
             if taken:

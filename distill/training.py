@@ -60,7 +60,7 @@ class TrainingOptions:
 
     def recipe(self) -> dict[str, Any]:
         """What decides the result, by name."""
-        beside = ("report_to", "resume", "overwrite")
+        beside = ("report_to", "resume", "overwrite", "engine", "workers")
         return {name: value for name, value in asdict(self).items() if name not in beside}
 
     @property

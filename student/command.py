@@ -54,7 +54,7 @@ class Milliseconds(click.ParamType):
     help="Keep this many of the most frequent tokens of what the student learns on, 0 for all of them, and "
     "what spells the rest [the checkpoint's].",
 )
-@click.option("--unlabeled", help="File with more texts, which only the teacher labels.")
+@click.option("--unlabeled", help="File, or folder of them, with more texts, which only the teacher labels.")
 @click.option(
     "--augment",
     metavar="10x",
@@ -63,6 +63,13 @@ class Milliseconds(click.ParamType):
 @click.option("--temperature", type=RATE, default=1.0, help="Softens teacher and student alike.")
 @click.option("--alpha", type=SHARE, default=0.9, help="Share of the soft labels in the loss.")
 @click.option("--text-column", help="Column with the text in --unlabeled [as in the teacher's data].")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    help="ray: the teacher labels over Ray Data, on all cores or GPUs of one machine or many.",
+)
+@click.option("--workers", type=POSITIVE, help="With --engine ray [one a core, or a GPU].")
 @training_options(epochs=5, learning_rate=1e-4)
 @output_options("runs/student")
 def train_student(as_json: bool, output: Path, **options: Any) -> None:

@@ -3,18 +3,24 @@
 import hashlib
 import logging
 import os
+import shutil
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
 from datasets import Dataset
+from datasets.table import InMemoryTable
 from numpy.typing import NDArray
 
 from distill.artifact import Manifest, manifest_hash
 from distill.models import choose_device, choose_precision, load_model, load_tokenizer
 from distill.predictions import UNSEEN, read_predictions
 from distill.processes import once
+from distill.ray_data import map_parquet
 from distill.training import predict_logits
 
 logger = logging.getLogger(__name__)
@@ -22,9 +28,6 @@ CHUNK = 5_000
 
 
 def _read(folder: Path, classes: int) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
-    import pyarrow
-    import pyarrow.parquet
-
     parts = [pyarrow.parquet.read_table(path) for path in sorted(folder.glob("part-*.parquet"))]
     if not parts:
         return np.empty(0, dtype="<U16"), np.empty((0, classes), dtype=np.float32)
@@ -44,20 +47,78 @@ def _labelled(teacher: Path, folder: Path, classes: int) -> tuple[NDArray[np.str
     return np.concatenate([ids, known[others]]), np.concatenate([unseen.logits, logits[others]])
 
 
-def _write(folder: Path, ids: NDArray[np.str_], logits: NDArray[np.float32]) -> None:
-    import pyarrow
-    import pyarrow.parquet
+def _table(ids: list[str], logits: NDArray[np.float32]) -> pyarrow.Table:
+    values = pyarrow.array(list(logits), type=pyarrow.list_(pyarrow.float32()))
+    return pyarrow.table({"id": ids, "logits": values})
 
+
+def _write(folder: Path, ids: NDArray[np.str_], logits: NDArray[np.float32]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"part-{hashlib.sha256(''.join(ids).encode()).hexdigest()[:16]}.parquet"
     partial = path.with_suffix(".partial")
-    values = pyarrow.array(list(logits), type=pyarrow.list_(pyarrow.float32()))
-    pyarrow.parquet.write_table(pyarrow.table({"id": ids.tolist(), "logits": values}), partial)
+    pyarrow.parquet.write_table(_table(ids.tolist(), logits), partial)
     os.replace(partial, path)
 
 
+class Labeller:
+    """A worker of Ray: the teacher, which labels rows with id, text and perhaps text_pair."""
+
+    def __init__(self, teacher: str, labels: list[str], max_length: int, device: str, precision: str) -> None:
+        if device == "cpu":
+            torch.set_num_threads(1)  # there is a worker for every core
+        self._model = load_model(teacher, labels, "--teacher")
+        self._tokenizer = load_tokenizer(teacher, max_length, "--teacher")
+        self._how = device, precision
+
+    def __call__(self, rows: pyarrow.Table) -> pyarrow.Table:
+        """Give the columns id and logits."""
+        logits = predict_logits(self._model, self._tokenizer, Dataset(InMemoryTable(rows)), *self._how)
+        return _table(rows["id"].to_pylist(), logits)
+
+
+def _label_with_ray(
+    teacher: Path,
+    manifest: Manifest,
+    missing: Dataset,
+    folder: Path,
+    how: tuple[str, str],
+    workers: int | None,
+) -> None:
+    """Label texts over Ray Data; where that was interrupted, those that are missing."""
+    identity = hashlib.sha256("".join(missing["id"]).encode()).hexdigest()[:16]
+    place = folder / f"ray-{identity}"
+    if not (place / "texts").is_dir():
+        partial = place / "texts.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for start in range(0, len(missing), CHUNK):
+            part = missing.select(range(start, min(start + CHUNK, len(missing))))
+            part.to_parquet(partial / f"{start // CHUNK:06}.parquet")
+        partial.rename(place / "texts")
+    (place / "logits").mkdir(exist_ok=True)
+    map_parquet(
+        str(place / "texts"),
+        str(place / "logits"),
+        str(place / "logits.checkpoint"),
+        Labeller,
+        (str(teacher.resolve()), manifest.labels, manifest.max_length, *how),
+        id_column="id",
+        on_gpu=how[0] == "cuda",
+        workers=workers,
+    )
+    for path in (place / "logits").glob("*.parquet"):
+        path.rename(folder / f"part-{path.name}")
+    shutil.rmtree(place)
+
+
 def teacher_logits(
-    teacher: Path, manifest: Manifest, dataset: Dataset, device: str, precision: str
+    teacher: Path,
+    manifest: Manifest,
+    dataset: Dataset,
+    device: str,
+    precision: str,
+    engine: str = "local",
+    workers: int | None = None,
 ) -> NDArray[np.float32]:
     """Logits of the teacher for every row, shape (n, classes); the teacher runs on unknown texts alone.
 
@@ -71,6 +132,8 @@ def teacher_logits(
         dataset: with `id`, `text` and perhaps `text_pair`.
         device: "auto", "cpu" or "cuda".
         precision: "auto" or one of fp32, bf16, fp16.
+        engine: "local", or "ray" for workers on one machine or many, which see the same folders.
+        workers: of Ray; one for each core, or GPU, when left out.
     """
     folder = teacher.parent / "soft_labels" / manifest_hash(teacher)[:16]
     classes = len(manifest.labels)
@@ -82,6 +145,10 @@ def teacher_logits(
     if len(missing):
         device = choose_device(device)
         precision = choose_precision(device, precision)
+    if len(missing) and engine == "ray":
+        texts = dataset.select(missing)
+        once(partial(_label_with_ray, teacher, manifest, texts, folder, (device, precision), workers))
+    elif len(missing):
         model = load_model(str(teacher), manifest.labels, "--teacher")
         tokenizer = load_tokenizer(str(teacher), manifest.max_length, "--teacher")
         started = time.monotonic()
@@ -92,6 +159,7 @@ def teacher_logits(
             done = start + len(rows)
             left = (time.monotonic() - started) / done * (len(missing) - done)
             logger.info("Soft labels: %d of %d, %d s left", done, len(missing), left)
+    if len(missing):
         known, logits = _labelled(teacher, folder, classes)
     order = np.argsort(known, kind="stable")
     return logits[order[np.searchsorted(known, wanted, sorter=order)]]

@@ -57,6 +57,9 @@ class StudentOptions(TrainingOptions):
     temperature: float = 1.0
     alpha: float = 0.9
     text_column: str | None = None
+    engine: str = "local"
+    """What labels the text: this process, or "ray"."""
+    workers: int | None = None
 
 
 def _build(options: StudentOptions, teacher: Manifest, texts: Sequence[Any]) -> tuple[Any, Any]:
@@ -153,7 +156,15 @@ def _fit(options: StudentOptions) -> _Fitted:
         logger.info("Vocabulary: %d of %d tokens", len(tokenizer), before)
     rows, temperature = data.splits["train"], _teacher_temperature(options.teacher)
     if options.alpha:
-        logits = teacher_logits(options.teacher, teacher, corpus, options.device, options.precision)
+        logits = teacher_logits(
+            options.teacher,
+            teacher,
+            corpus,
+            options.device,
+            options.precision,
+            options.engine,
+            options.workers,
+        )
         rows = with_soft_labels(rows, unlabeled, logits / temperature)
     file = options.checkpoints / "train.arrow"
     once(lambda: len(tokenize(rows, tokenizer, file)))

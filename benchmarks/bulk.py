@@ -1,0 +1,137 @@
+"""`distill predict --engine ray` over many texts, killed half-way and called again: every row once, flat memory.
+
+Texts of a file are repeated, each with a number of its own, in 50 Parquet files. Writes
+benchmarks/results/bulk.json.
+
+Usage: python benchmarks/bulk.py TEXTS.csv --bundle runs/export [--rows 1000000]
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+import pyarrow
+import pyarrow.csv
+import pyarrow.dataset
+import pyarrow.parquet
+
+from distill import Classifier
+from distill.latency import cpu_name
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SHARDS = 50
+CHECKED = 2_000  # answers that are held against the classifier's
+
+
+def _write(folder: Path, texts: list[str], rows: int) -> None:
+    folder.mkdir()
+    size = rows // SHARDS
+    for shard in range(SHARDS):
+        numbers = range(shard * size, (shard + 1) * size)
+        part = {"number": list(numbers), "text": [texts[number % len(texts)] for number in numbers]}
+        pyarrow.parquet.write_table(pyarrow.table(part), folder / f"{shard:03}.parquet")
+
+
+def _workers_memory() -> float:
+    """MB that Ray's processes hold, pages that they share counted once for each."""
+    found = 0.0
+    for process in psutil.process_iter(["cmdline"]):
+        if (process.info["cmdline"] or [""])[0].startswith("ray::"):
+            try:
+                found += process.memory_full_info().uss / 1e6
+            except psutil.Error:
+                continue
+    return found
+
+
+def _committed(output: Path) -> int:
+    notes = output.with_name(f"{output.name}.checkpoint")
+    done = [path for path in notes.glob("*.parquet") if ".pending" not in path.name]
+    return sum(pyarrow.parquet.read_metadata(path).num_rows for path in done)
+
+
+def _run(source: Path, output: Path, bundle: Path, kill_at: int | None) -> dict[str, Any]:
+    """Predict; with `kill_at`, kill every process of it once so many rows are written."""
+    started, samples = time.monotonic(), []
+    command = [
+        sys.executable,
+        "-m",
+        "distill",
+        "predict",
+        str(source),
+        "--engine",
+        "ray",
+        "--output",
+        str(output),
+    ]
+    process = subprocess.Popen([*command, "--bundle", str(bundle)], start_new_session=True)
+    while process.poll() is None:
+        time.sleep(5)
+        samples.append(_workers_memory())
+        if kill_at is not None and _committed(output) >= kill_at:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            subprocess.run(["pkill", "-9", "-f", "ray::|raylet|gcs_server"], check=False)
+            return {
+                "seconds": time.monotonic() - started,
+                "committed": _committed(output),
+                "memory_mb": samples,
+            }
+    if process.returncode:
+        raise click.ClickException(f"predict ended with {process.returncode}")
+    return {"seconds": time.monotonic() - started, "memory_mb": samples}
+
+
+@click.command()
+@click.argument("texts_file", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--bundle", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of export."
+)
+@click.option("--rows", default=1_000_000, help="How many rows to label.")
+def main(texts_file: Path, bundle: Path, rows: int) -> None:
+    """Label, kill, go on, and count."""
+    texts = pyarrow.csv.read_csv(texts_file)["text"].to_pylist()
+    with tempfile.TemporaryDirectory() as scratch:
+        source, output = Path(scratch) / "in", Path(scratch) / "out"
+        _write(source, texts, rows)
+        first = _run(source, output, bundle, kill_at=rows // 2)
+        second = _run(source, output, bundle, kill_at=None)
+        table = pyarrow.dataset.dataset(output, format="parquet").to_table(["number", "prediction"])
+        table = table.sort_by("number")
+    numbers = table["number"].to_pylist()
+    expected = Classifier(bundle, provider="cpu").predict(texts[:CHECKED])
+    right = sum(a == b for a, b in zip(table["prediction"].to_pylist(), expected, strict=False))
+    memory = second["memory_mb"]
+    settled = memory[len(memory) // 4 : -1] or memory
+    result = {
+        "cpu": cpu_name(),
+        "rows": rows,
+        "rows_written": len(numbers),
+        "each_once": numbers == list(range(rows)),
+        "same_answers_as_the_classifier": f"{right} of {len(expected)}",
+        "killed_after_rows": first["committed"],
+        "seconds": [round(first["seconds"], 1), round(second["seconds"], 1)],
+        "rows_per_second_after_the_restart": round((rows - first["committed"]) / second["seconds"]),
+        "memory_of_ray_processes_mb": {
+            "after_a_quarter": round(settled[0]),
+            "at_the_end": round(settled[-1]),
+            "most": round(max(memory)),
+        },
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "bulk.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    click.echo(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
