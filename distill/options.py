@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from distill import processes
 from distill.errors import DistillError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 POSITIVE = click.IntRange(min=1)
+MIN_STEPS = 200  # a few texts a class need many passes: Mosbach et al. (2021), arXiv 2006.04884
 RATE = click.FloatRange(min=0, min_open=True)
 SHARE = click.FloatRange(0, 1)
 SEED = click.IntRange(0, 2**32 - 1)
@@ -66,6 +68,12 @@ def output_options(default: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def enough_steps(min_steps: int) -> int:
+    """`--min-steps` as it counts: not at all where somebody has said how many epochs."""
+    source = click.get_current_context().get_parameter_source("epochs")
+    return min_steps if source in (None, ParameterSource.DEFAULT) else 0
+
+
 def _installed(context: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         if find_spec(name) is None:
@@ -83,6 +91,12 @@ def training_options(epochs: float, learning_rate: float) -> Callable[[Callable]
                 click.option("--epochs", type=RATE, default=epochs, help="Passes over the training text."),
                 click.option(
                     "--max-steps", type=int, default=-1, help="Stop after this many steps; -1: no limit."
+                ),
+                click.option(
+                    "--min-steps",
+                    type=click.IntRange(min=0),
+                    default=MIN_STEPS,
+                    help="Where --epochs is left out: as many, in more passes over few texts.",
                 ),
                 click.option("--batch-size", type=POSITIVE, default=32, help="Texts a step, per device."),
                 click.option(

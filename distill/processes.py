@@ -6,6 +6,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from distill.errors import DistillError
+
 Result = TypeVar("Result")
 PATIENCE = timedelta(hours=24)  # one process may read data, time students or write while the others wait
 
@@ -25,7 +27,16 @@ def join(device: str) -> None:
 
     Args:
         device: "auto", "cpu" or "cuda": gloo connects processes on CPUs, NCCL those on GPUs, one GPU each.
+
+    Raises:
+        DistillError: if the launcher wants the model cut into pieces.
     """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise DistillError(
+                f"accelerate launch: {name} is not supported: every process holds the whole model; leave it "
+                "out, and take --qlora for a model that does not fit a GPU"
+            )
     if count() == 1:
         return
     import torch

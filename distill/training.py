@@ -1,6 +1,7 @@
 """How a teacher and a student are trained: options, batches that fit the memory, and the best weights."""
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,6 +37,8 @@ class TrainingOptions:
     output: Path
     epochs: float = 3.0
     max_steps: int = -1
+    min_steps: int = 0
+    """Where the epochs make fewer, so many are taken, with as many evaluations as there are epochs."""
     batch_size: int = 32
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
@@ -89,11 +92,30 @@ class _Arguments(TrainingArguments):
         return torch.device("cpu") if device.type == "cpu" else device
 
 
-def _arguments(options: TrainingOptions, cut: Plan, precision: str, device: str) -> TrainingArguments:
+def _length(options: TrainingOptions, cut: Plan, texts: int) -> dict[str, Any]:
+    """How long to train, and when to evaluate and save."""
+    an_epoch = math.ceil(texts / (cut.micro_batch * cut.accumulation * processes.count()))
+    if options.max_steps > 0 or an_epoch * options.epochs >= options.min_steps:
+        length = {"num_train_epochs": options.epochs, "max_steps": options.max_steps}
+        return {**length, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    logger.info("Few texts: %d steps, %.0f epochs", options.min_steps, options.min_steps / an_epoch)
+    evaluations = max(1, round(options.epochs))
+    every = math.ceil(options.min_steps / evaluations)
+    return {
+        "max_steps": every * evaluations,
+        "eval_strategy": "steps",
+        "eval_steps": every,
+        "save_strategy": "steps",
+        "save_steps": every,
+    }
+
+
+def _arguments(
+    options: TrainingOptions, cut: Plan, precision: str, device: str, texts: int
+) -> TrainingArguments:
     return _Arguments(
         output_dir=str(options.checkpoints),
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps,
+        **_length(options, cut, texts),
         per_device_train_batch_size=cut.micro_batch,
         per_device_eval_batch_size=cut.micro_batch * 2,
         gradient_accumulation_steps=cut.accumulation,
@@ -106,8 +128,6 @@ def _arguments(options: TrainingOptions, cut: Plan, precision: str, device: str)
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         lr_scheduler_type=options.scheduler,
-        eval_strategy="epoch",
-        save_strategy="epoch",
         save_total_limit=2,
         load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True,
@@ -192,7 +212,7 @@ def fit(
         progress = ProgressCallback(title)
         trainer = LossTrainer(
             model=model,
-            args=_arguments(options, cut, precision, device),
+            args=_arguments(options, cut, precision, device, len(train)),
             train_dataset=train,
             eval_dataset=validation,
             processing_class=tokenizer,

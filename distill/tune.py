@@ -51,7 +51,7 @@ OWN: list[click.Parameter] = [
     click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
 ]
 Rename = Callable[[str, dict[str, Any], click.Command], dict[str, Any]]
-NOT_TUNED = ("output", "overwrite", "resume", "as_json", "report_to", "folds")
+NOT_TUNED = ("output", "overwrite", "resume", "as_json", "report_to", "folds", "min_steps")
 
 
 class TuneGroup(click.Group):

@@ -5,7 +5,16 @@ from typing import Any
 
 import click
 
-from distill.options import POSITIVE, RATE, SHARE, output_options, say_loading, show_stage, training_options
+from distill.options import (
+    POSITIVE,
+    RATE,
+    SHARE,
+    enough_steps,
+    output_options,
+    say_loading,
+    show_stage,
+    training_options,
+)
 
 
 class Milliseconds(click.ParamType):
@@ -81,6 +90,7 @@ def train_student(as_json: bool, output: Path, **options: Any) -> None:
 
     from distill.artifact import check_output, read_manifest
 
+    options["min_steps"] = enough_steps(options["min_steps"])
     # Before the seconds that torch takes to load.
     check_options(options)
     check_output(output, options["overwrite"], "train-student")

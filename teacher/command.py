@@ -8,6 +8,7 @@ import click
 from distill.options import (
     POSITIVE,
     column_options,
+    enough_steps,
     output_options,
     say_loading,
     show_stage,
@@ -48,6 +49,7 @@ def train_teacher(as_json: bool, output: Path, **options: Any) -> None:
     """
     from distill.artifact import check_output
 
+    options["min_steps"] = enough_steps(options["min_steps"])
     check_output(output, options["overwrite"], "train-teacher")  # before the seconds that torch takes to load
     say_loading()
 

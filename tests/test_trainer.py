@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from datasets import Dataset
 from distill import options as options_module
 from distill.memory import Plan
 from distill.trainer import LossTrainer, is_new, tokenize
-from distill.training import TrainingOptions, _arguments
+from distill.training import TrainingOptions, _arguments, _length
 
 FAMILIES = make_configs(layers=2)
 
@@ -58,7 +59,7 @@ def test_rows_in_a_file_are_memory_mapped_and_tokenized_once(tmp_path):
 
 def test_a_tracker_is_told_through_the_trainer_and_is_no_part_of_the_recipe(tmp_path):
     options = TrainingOptions(output=tmp_path / "runs" / "t", report_to=("tensorboard",))
-    arguments = _arguments(options, Plan(32, 1), "fp32", "cpu")
+    arguments = _arguments(options, Plan(32, 1), "fp32", "cpu", 1000)
     assert arguments.report_to == ["tensorboard"] and arguments.logging_strategy == "steps"
     logs = (
         getattr(arguments, "logging_dir", None) or os.environ["TENSORBOARD_LOGGING_DIR"]
@@ -71,3 +72,30 @@ def test_a_tracker_that_is_not_installed_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(options_module, "find_spec", lambda name: None)
     result = run("train-teacher", "--data", "x.csv", "--model", "m", "--report-to", "wandb")
     assert result.exit_code == 1 and "pip install wandb" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("texts", "epochs", "steps", "evaluations"),
+    [(64, 3.0, 201, 3), (64, 5.0, 200, 5), (6400, 3.0, None, None), (100, 0.5, 200, 1)],
+)
+def test_few_texts_get_enough_steps_and_as_many_evaluations_as_epochs(
+    tmp_path, texts, epochs, steps, evaluations
+):
+    options = TrainingOptions(output=tmp_path / "t", epochs=epochs, min_steps=200)
+    length = _length(options, Plan(32, 1), texts)
+    if steps is None:
+        assert length["num_train_epochs"] == epochs and length["eval_strategy"] == "epoch"
+    else:
+        assert length["max_steps"] == steps == evaluations * length["eval_steps"]
+        assert length["save_steps"] == length["eval_steps"]
+    assert _length(replace(options, max_steps=7), Plan(32, 1), texts)["max_steps"] == 7
+
+
+@pytest.mark.parametrize(("given", "steps"), [((), 200), (("--epochs", 2), 0), (("--min-steps", 50), 50)])
+def test_the_least_number_of_steps_counts_where_no_epochs_are_given(run, tmp_path, monkeypatch, given, steps):
+    seen = []
+    monkeypatch.setattr("distill.teacher.training.train_teacher", lambda options: seen.append(options))
+    monkeypatch.setattr("distill.teacher.command.show_stage", lambda *_: None)
+    result = run("train-teacher", "--data", "x.csv", "--model", "m", "--output", tmp_path / "t", *given)
+    assert result.exit_code == 0, result.output
+    assert seen[0].min_steps == steps
