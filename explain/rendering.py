@@ -101,9 +101,7 @@ def _calibration_table(report: dict[str, Any], markdown: bool) -> str:
         "was",
         "NLL",
         "was",
-        "answers at",
-        "covers",
-        "right",
+        *([] if report["multi_label"] else ["answers at", "covers", "right"]),
     ]
     rows = []
     for row in report["versions"]:
@@ -111,12 +109,10 @@ def _calibration_table(report: dict[str, Any], markdown: bool) -> str:
         line = [row["version"], f"{found['temperature']:.3f}"]
         for name in ("ece", "brier", "nll"):
             line += [f"{found['calibrated'][name]:.4f}", f"{found['uncalibrated'][name]:.4f}"]
-        test = abstention and abstention["test"]
-        line += (
-            [str(test["threshold"]), *(_percent(test[name]) for name in ("coverage", "precision"))]
-            if test
-            else ["–", "–", "–"]
-        )
+        if abstention and (test := abstention["test"]):
+            line += [str(test["threshold"]), *(_percent(test[name]) for name in ("coverage", "precision"))]
+        elif abstention:
+            line += ["–", "–", "–"]
         rows.append(line)
     return _table(header, rows, markdown)
 
