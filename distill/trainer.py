@@ -33,7 +33,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
 
 
 def tokenize(dataset: Dataset, tokenizer: Any, file: Path | None = None) -> Dataset:
-    """Add token ids (truncated, not padded) and `length` in tokens; the text columns go.
+    """Add token ids (truncated, not padded), `length` in tokens and whether a text was `cut`; its columns go.
 
     Args:
         dataset: with `text` and perhaps `text_pair`; other columns, such as `teacher_logits`, stay.
@@ -44,7 +44,8 @@ def tokenize(dataset: Dataset, tokenizer: Any, file: Path | None = None) -> Data
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(batch["text"], batch["text_pair"] if pairs else None, truncation=True)
-        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
+        cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
+        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]], "cut": cut}
 
     return dataset.map(
         encode,

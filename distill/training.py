@@ -72,6 +72,7 @@ class TrainingOptions:
         return self.output.parent / "checkpoints" / self.output.name
 
 
+TOLD_TRUNCATED = 0.01
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit"}
 
 
@@ -153,13 +154,14 @@ KEEPING_START = ("cuda",)  # a CPU that is out of memory ends the process
 
 @dataclass
 class Trained:
-    """A trained model, where it was trained, and its macro-F1 on validation."""
+    """A trained model, where it was trained, its macro-F1 on validation, and the share of texts cut short."""
 
     model: Any
     device: str
     precision: str
     score: float
     cut: Plan
+    truncated: float
 
     def steps(self) -> dict[str, Any]:
         """For a manifest: how every step was cut."""
@@ -240,6 +242,7 @@ def fit(
         return trainer
 
     logger.info("%s: %d texts on %s in %s", title, len(train), device, precision)
+    truncated = _tell_truncated(train, tokenizer, title)
     with first_token_only(model.get_base_model() if hasattr(model, "get_base_model") else model):
         cut = processes.once(lambda: _cut(model, tokenizer, train, options, device, precision, title))
         # What an attempt that ran out of memory has changed is put back.
@@ -250,7 +253,19 @@ def fit(
             resume_from = get_last_checkpoint(str(options.checkpoints)) or None
             model.load_state_dict(start, strict=False)
             torch.cuda.empty_cache()
-    return Trained(trainer.model, device, precision, float(trainer.state.best_metric or 0.0), cut)
+    best = float(trainer.state.best_metric or 0.0)
+    return Trained(trainer.model, device, precision, best, cut, truncated)
+
+
+def _tell_truncated(train: Dataset, tokenizer: Any, title: str) -> float:
+    """The share of texts that are longer than the model reads, told where it is more than a few."""
+    share = float(np.mean(train["cut"]))
+    if share >= TOLD_TRUNCATED:
+        logger.warning(
+            "%s: %.1f %% of the texts are longer than %d tokens, and their ends are not read; --max-length "
+            "reads more, as far as the model can", title, 100 * share, tokenizer.model_max_length,
+        )  # fmt: skip
+    return share
 
 
 def _trained_weights(model: Any) -> dict[str, torch.Tensor]:

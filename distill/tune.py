@@ -12,6 +12,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from distill import processes
 from distill.errors import DistillError
 from distill.options import POSITIVE, RATE, say_loading
 
@@ -132,6 +133,8 @@ def _tune(
     as_json: bool,
     **options: Any,
 ) -> None:
+    if processes.count() > 1:
+        raise DistillError("tune: start it without torchrun; the same command once more is another worker")
     context = click.get_current_context()
     parameters = {str(one.name): one for one in context.command.params if str(one.name) in options}
     space = _space(stage, search, parameters)

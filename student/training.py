@@ -225,6 +225,7 @@ def train_student(options: StudentOptions) -> Manifest:
             "vocabulary": len(tokenizer),
             "teacher_temperature": fitted.teacher_temperature,
             "steps": trained.steps(),
+            "truncated_share": trained.truncated,
         },
     )
 

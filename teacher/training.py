@@ -161,7 +161,7 @@ def train_teacher(options: TeacherOptions) -> Manifest:
         device=trained.device,
         precision=trained.precision,
         wall_seconds=round(time.monotonic() - started, 1),
-        details={**details, "steps": trained.steps()},
+        details={**details, "steps": trained.steps(), "truncated_share": trained.truncated},
     )
 
     def finish() -> Manifest:

@@ -10,7 +10,7 @@ from datasets import Dataset
 from distill import options as options_module
 from distill.memory import Plan
 from distill.trainer import LossTrainer, is_new, tokenize
-from distill.training import TrainingOptions, _arguments, _length
+from distill.training import TrainingOptions, _arguments, _length, _tell_truncated
 
 FAMILIES = make_configs(layers=2)
 
@@ -99,3 +99,13 @@ def test_the_least_number_of_steps_counts_where_no_epochs_are_given(run, tmp_pat
     result = run("train-teacher", "--data", "x.csv", "--model", "m", "--output", tmp_path / "t", *given)
     assert result.exit_code == 0, result.output
     assert seen[0].min_steps == steps
+
+
+def test_texts_that_are_cut_are_counted_and_told(tmp_path, caplog):
+    rows = Dataset.from_dict({"id": list("abcd"), "text": ["good film", "a b c", "good " * 9, "good " * 6]})
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 8
+    encoded = tokenize(rows, tokenizer)
+    assert encoded["cut"][:] == [False, False, True, False]
+    assert _tell_truncated(encoded, tokenizer, "Teacher") == 0.25
+    assert "25.0 % of the texts are longer than 8 tokens" in caplog.text
