@@ -50,7 +50,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard distill/* teacher/
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	test -e $(VENV)/.dependencies -a $(VENV)/.dependencies -nt constraints.txt -a $(VENV)/.dependencies -nt pyproject.toml || \
 		{ $(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch && \
-		  $(BIN)/pip install --quiet --no-compile --constraint constraints.txt ".[train,cpu,qlora,ray,serve,dev]" && touch $(VENV)/.dependencies; }
+		  $(BIN)/pip install --quiet --no-compile --constraint constraints.txt ".[train,cpu,qlora,serve,dev]" && touch $(VENV)/.dependencies; }
 	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
 	touch $@

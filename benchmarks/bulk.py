@@ -7,8 +7,6 @@ Usage: python benchmarks/bulk.py TEXTS.csv --bundle runs/export [--rows 1000000]
 """
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -67,11 +65,12 @@ def _run(source: Path, output: Path, bundle: Path, kill_at: int | None) -> dict[
         time.sleep(5)
         samples.append(_workers_memory())
         if kill_at is not None and _committed(output) >= kill_at:
-            for child in psutil.Process(process.pid).children(recursive=True):
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            for child in children:
                 child.kill()
-            os.killpg(process.pid, signal.SIGKILL)
+            psutil.wait_procs(children)
             process.wait()
-            subprocess.run(["pkill", "-9", "-f", "ray::|raylet|gcs_server"], check=False)
             break
     if process.returncode and kill_at is None:
         raise click.ClickException(f"predict ended with {process.returncode}")

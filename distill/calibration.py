@@ -106,7 +106,7 @@ def fit_temperature(logits: Logits, labels: Labels) -> float:
         labels: true classes, shape (n,) or (n, classes).
     """
     low, high = TEMPERATURES
-    weight = 1 / (2 * PRIOR_DEVIATION**2 * len(labels))
+    weight = 1 / (2 * PRIOR_DEVIATION**2 * labels.size)
     found = minimize_scalar(
         lambda log: nll(logits, labels, np.exp(log)) + weight * log**2,
         bounds=(np.log(low), np.log(high)),

@@ -64,10 +64,12 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except DistillError as error:
-            if processes.rank():  # the first one says it
+            if processes.is_told(error):
                 raise SystemExit(1) from error
             raise click.ClickException(str(error)) from error
         except OSError as error:
+            if processes.is_told(error):
+                raise SystemExit(1) from error
             if error.filename is None:
                 raise
             raise click.ClickException(f"{error.filename}: {error.strerror}") from error

@@ -90,19 +90,23 @@ def _label_names(splits: dict[str, Dataset], separator: str | None, findings: li
         names.sort(key=int)
     rows = sum(counts["train"].values())
     if len(names) < 2:
-        raise DistillError(f"--data: only one label ({', '.join(names)}); a classifier needs at least two")
+        found = f"only one label ({names[0]})" if names else "no label at all"
+        raise DistillError(f"--data: {found}; a classifier needs at least two")
     if rows > 20 and len(counts["train"]) > rows / 2:
         raise DistillError(
             f"--data: {len(counts['train'])} different labels in {rows} rows are no classes; "
             "name the column that holds them with --label-column, or, if a text may have several labels, add "
             "--multi-label"
         )
-    joined = [name for name in names if "|" in name and set(name.split("|")) <= set(names)]
-    if joined and separator is None:
+    joined = [
+        name
+        for name in names
+        if any(mark in name and {part.strip() for part in name.split(mark)} <= set(names) for mark in "|,;")
+    ]
+    if joined:
+        hint = "add --multi-label?" if separator is None else "give its --label-separator?"
         findings.append(
-            Finding(
-                "label made of others", "train", len(joined), joined[:3], "kept as one; add --multi-label?"
-            )
+            Finding("label made of others", "train", len(joined), joined[:3], f"kept as one; {hint}")
         )
     for split, dataset in splits.items():
         if separator is not None and (none := sum(not label for label in dataset["label"])):

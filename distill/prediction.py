@@ -128,7 +128,11 @@ def _answer(found: str | list[str], probabilities: dict[str, float], form: str, 
     return {**answer, "probabilities": probabilities} if as_json else answer
 
 
-def _predict_with_ray(source: str, output: str | None, bundle: Path, *rest: Any) -> None:
+def _predict_with_ray(
+    source: str, output: str | None, bundle: Path, beside: dict[str, Any], *rest: Any
+) -> None:
+    if given := [name for name, value in beside.items() if value]:
+        raise DistillError(f"{given[0]}: not with --engine ray; leave it out")
     if source == "-" or output is None:
         raise DistillError(
             "--engine ray: reads Parquet and writes Parquet; name a file, a folder or an address as SOURCE, "
@@ -168,8 +172,8 @@ def _predict_with_ray(source: str, output: str | None, bundle: Path, *rest: Any)
     "--engine",
     type=click.Choice(["local", "ray"]),
     default="local",
-    help="ray: Parquet files, here or in an object store, over Ray Data; the same call goes on with an "
-    "interrupted run.",
+    help="ray: Parquet files, here or in an object store, over Ray Data, on CPUs unless --provider is cuda; "
+    "the same call goes on with an interrupted run.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="With --engine ray [one a core, or a GPU].")
 def predict(
@@ -195,8 +199,9 @@ def predict(
     """
     if engine == "ray":
         _predict_with_ray(
-            source, output, bundle, text_column, text_pair_column, provider, file, workers, overwrite
-        )
+            source, output, bundle, {"--json": as_json, "--format": form, "--threads": threads},
+            text_column, text_pair_column, provider, file, workers, overwrite,
+        )  # fmt: skip
         return
     from distill.runtime import Classifier
 

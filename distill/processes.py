@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 from distill.errors import DistillError
 
 Result = TypeVar("Result")
+TOLD = "told by the first process"
 PATIENCE = timedelta(hours=24)  # one process may read data, time students or write while the others wait
 
 
@@ -59,12 +61,34 @@ def once(function: Callable[[], Result]) -> Result:
         try:
             outcome[0] = function()
         except Exception as error:
-            outcome[1] = error
+            outcome[1] = _told(error)
     torch.distributed.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     result: Result = outcome[0]
     return result
+
+
+def ahead(function: Callable[[], Result]) -> Result:
+    """Have the first process call a function, and then, unless it raised, every other one."""
+    found: list[Result] = []
+    once(lambda: found.append(function()))
+    return found[0] if found else function()
+
+
+def _told(error: Exception) -> Exception:
+    """An error that can be sent to the other processes, and that these need not tell again."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = DistillError(str(error))
+    error.add_note(TOLD)
+    return error
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether the first process tells this error."""
+    return rank() > 0 and TOLD in getattr(error, "__notes__", [])
 
 
 def gather(part: Result) -> list[Result]:

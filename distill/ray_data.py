@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pyarrow.dataset
 from pyarrow import fs
 
 from distill.errors import DistillError
+from distill.runtime import cores
 
 logger = logging.getLogger(__name__)
 BATCH = 1024  # rows
-CORE = 0.5  # that a worker asks Ray for: were all cores taken, nothing could be read or written
 ROW_HASH = "row_hash"  # Ray's name of a row: of its file and its place there
+SPARE = 2  # cores that Ray can book beside the workers'
+BOOKED = 0.5  # cores by a worker, and to read and to write
 
 
 def place_of(source: str) -> tuple[fs.FileSystem, str]:
@@ -25,23 +28,69 @@ def place_of(source: str) -> tuple[fs.FileSystem, str]:
     try:
         return fs.FileSystem.from_uri(source if "://" in source else Path(source).resolve().as_uri())
     except (pyarrow.ArrowException, OSError) as error:
-        raise DistillError(f"{source}: cannot be opened: {_one_line(error)}") from error
+        raise DistillError(f"{source}: cannot be opened: {one_line(error)}") from error
 
 
-def columns_of(source: str) -> list[str]:
-    """The columns of a Parquet file, or of a folder of them, here or at an address."""
+def open_parquet(source: str) -> Any:
+    """A Parquet file, or a folder of them, here or at an address, as a `pyarrow.dataset.Dataset`.
+
+    Raises:
+        DistillError: if there is none, or a file is damaged.
+    """
     files, place = place_of(source)
     try:
         found = pyarrow.dataset.dataset(place, filesystem=files, format="parquet")
+        for fragment in found.get_fragments():
+            fragment.ensure_complete_metadata()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DistillError(f"{source}: no Parquet to read: {_one_line(error)}") from error
-    if not found.schema.names:
+        raise DistillError(f"{source}: no Parquet to read: {one_line(error)}") from error
+    if not found.files:
         raise DistillError(f"{source}: no Parquet file in it; name a folder of .parquet files")
-    return list(found.schema.names)
+    return found
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, short."""
     return " ".join(str(error).split())[:200]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Workers of Ray: how many, and whether each has a GPU."""
+
+    count: int
+    on_gpu: bool
+
+
+def start_ray(on_gpu: bool, workers: int | None) -> Workers:
+    """Start Ray, or join the cluster that RAY_ADDRESS names.
+
+    Args:
+        on_gpu: a worker takes a GPU for itself, else a core.
+        workers: how many; one for each core, or GPU, when left out.
+
+    Raises:
+        DistillError: if Ray is not installed, or there is no GPU.
+    """
+    try:
+        import ray
+        import ray.data
+    except ModuleNotFoundError as error:
+        raise DistillError("--engine ray: needs Ray: pip install 'distill-onnx[ray]'") from error
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are about Ray's own workings
+    warnings.filterwarnings("ignore", module="ray")
+    if not ray.is_initialized():
+        # On one machine Ray gets more cores to book than there are: passing over what is done takes one, and
+        # with all of them booked the run would stand still.
+        here = None if os.environ.get("RAY_ADDRESS") else cores() + SPARE
+        ray.init(num_cpus=here, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is raised, too
+    resources = ray.cluster_resources()
+    count = workers or max(1, int(resources.get("GPU", 0) if on_gpu else resources.get("CPU", 1) - SPARE))
+    if on_gpu and not resources.get("GPU"):
+        raise DistillError("--engine ray: this cluster has no GPU to work on")
+    logger.info("Ray: %d workers on %d machines", count, len(ray.nodes()))
+    return Workers(count, on_gpu)
 
 
 def map_parquet(
@@ -50,68 +99,58 @@ def map_parquet(
     notes: str,
     worker: type,
     arguments: tuple[Any, ...],
+    workers: Workers,
     id_column: str = ROW_HASH,
-    on_gpu: bool = False,
-    workers: int | None = None,
 ) -> None:
     """Have workers map the batches of Parquet files, and write what they give as Parquet files.
 
     An interrupted run goes on with the same call. Ray Data notes which rows have been written, and takes back
-    a file that was not written to its end, so each row is written once.
+    a file that was not written to its end, so each row is written once. The notes are left to the caller, who
+    removes them when nothing can be interrupted any more.
 
     Args:
         source: a Parquet file, a folder of them, or an address.
         output: a folder, or an address.
-        notes: where the rows that are done are noted; it goes when all are.
+        notes: where the rows that are done are noted.
         worker: a class whose instances map a `pyarrow.Table` to another, which keeps the column `id_column`.
         arguments: of its constructor.
+        workers: of `start_ray`.
         id_column: names a row; that of Ray when left out.
-        on_gpu: a worker takes a GPU for itself, else a core.
-        workers: how many; one for each core, or GPU, when left out.
 
     Raises:
-        DistillError: if Ray is not installed, or what a worker raised as one.
+        DistillError: what a worker raised as one, or that a file cannot be read or written.
     """
-    try:
-        import ray
-        from ray.data.checkpoint import CheckpointConfig
-    except ModuleNotFoundError as error:
-        raise DistillError("--engine ray: needs Ray: pip install 'distill-onnx[ray]'") from error
+    import ray
+    from ray.data.checkpoint import CheckpointConfig
+
     files, place = place_of(output)
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are about Ray's own workings
-    warnings.filterwarnings("ignore", module="ray")
-    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
-    kind = "GPU" if on_gpu else "CPU"
-    workers = workers or int(ray.cluster_resources().get(kind, 0))
-    if not workers:
-        raise DistillError("--engine ray: this cluster has no GPU; leave --provider cuda out")
-    logger.info("Ray: %d workers on %d machines", workers, len(ray.nodes()))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     context.checkpoint_config = CheckpointConfig(
-        id_column, notes, override_filesystem=files, delete_checkpoint_on_success=False
-    )
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is raised, too
-    rows = ray.data.read_parquet(source, include_row_hash=id_column == ROW_HASH)
-    mapped = rows.map_batches(
-        worker,
-        fn_constructor_args=arguments,
-        batch_format="pyarrow",
-        batch_size=BATCH,
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=0 if on_gpu else CORE,
-        num_gpus=1 if on_gpu else 0,
+        id_column, place_of(notes)[1], override_filesystem=files, delete_checkpoint_on_success=False
     )
     try:
-        mapped.write_parquet(place, filesystem=files)
-    except ray.exceptions.RayError as error:
+        rows = ray.data.read_parquet(source, include_row_hash=id_column == ROW_HASH, num_cpus=BOOKED)
+        mapped = rows.map_batches(
+            worker,
+            fn_constructor_args=arguments,
+            batch_format="pyarrow",
+            batch_size=BATCH,
+            compute=ray.data.ActorPoolStrategy(size=workers.count),
+            num_cpus=0 if workers.on_gpu else BOOKED,
+            num_gpus=1 if workers.on_gpu else 0,
+        )
+        mapped.write_parquet(place, filesystem=files, ray_remote_args={"num_cpus": BOOKED})
+    except (ray.exceptions.RayError, pyarrow.ArrowException, OSError) as error:
         raise _as_ours(error) from error
     finally:
         context.checkpoint_config = None
-    files.delete_dir(place_of(notes)[1])
 
 
-def _as_ours(error: BaseException) -> BaseException:
+def _as_ours(error: BaseException) -> DistillError:
     """What a worker raised for the user to act on, out of the text that Ray has wrapped around it."""
     found = re.findall(rf"{DistillError.__name__}: (.+)", str(error))
-    return DistillError(found[-1].strip()) if found else error
+    if found:
+        return DistillError(found[-1].strip())
+    last = [line for line in str(error).splitlines() if line.strip()][-1:] or [type(error).__name__]
+    return DistillError(f"--engine ray: {last[0].strip()[:300]}; the same call goes on with what is missing")

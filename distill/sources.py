@@ -86,6 +86,11 @@ def _labels(value: Any, place: str, column: str, separator: str) -> list[str] | 
         return None
     single = value.split(separator) if isinstance(value, str) else value
     parts = single if isinstance(single, list | tuple) else [single]
+    if not isinstance(value, str) and len(set(map(str, parts))) < len(parts):
+        raise DistillError(f"{place}: {column!r} names a label twice: {str(value)[:60]}; if these are 0 and "
+                           "1 for every label, give the labels' names instead")  # fmt: skip
+    if any(isinstance(part, list | tuple) for part in parts):
+        raise DistillError(f"{place}: {column!r} holds a list of lists; give a list of labels")
     return sorted({label for part in parts if (label := _label(part, place, column)) is not None})
 
 
@@ -196,7 +201,8 @@ def _read_hub(source: str, columns: Columns) -> dict[str, Dataset]:
             names: Any = names,
         ) -> dict[str, Any]:
             if names and isinstance(row[label], list):
-                row = {**row, label: [names[number] for number in row[label]]}
+                known = [number for number in row[label] if number is not None and number >= 0]
+                row = {**row, label: [names[number] for number in known]}
             elif names:  # a ClassLabel; -1 stands for a missing one
                 number = -1 if row[label] is None else row[label]
                 row = {**row, label: names[number] if number >= 0 else None}

@@ -308,6 +308,8 @@ def _cut(
         logger.warning("%s: two texts are too much for this memory; trying one at a time", title)
     else:
         limit = (available(device) or 0) + footprint.weights
+        if processes.count() > 1:
+            limit -= 4 * footprint.trained  # gradients once more, in the buckets that processes exchange
         cut = plan(footprint, asked.micro_batch, asked.accumulation, asked.recompute, limit, kind)
         logger.info("%s: takes %.1f of %.1f GiB by estimate", title, cut.peak / 2**30, limit / 2**30)
     if cut.micro_batch < asked.micro_batch or cut.recompute > asked.recompute or cut.optimizer != "adamw":
@@ -340,14 +342,16 @@ def predict_logits(
         precision: "fp32", "bf16" or "fp16" (autocast).
     """
     total, rank, count = len(dataset), processes.rank(), processes.count()
-    encoded = tokenize(dataset.select(range(rank, total, count)) if count > 1 else dataset, tokenizer)
-    inputs = encoded.select_columns(
-        [name for name in tokenizer.model_input_names if name in encoded.column_names]
-    )
-    model.to(device).eval()
-    lengths = np.asarray(encoded["length"])
     logits = np.empty((total, model.config.num_labels), dtype=np.float32)
-    own = batched_logits(model, tokenizer, inputs.__getitem__, lengths, device, precision)
+    own = np.empty((0, model.config.num_labels), dtype=np.float32)
+    model.to(device).eval()
+    if rank < total:
+        encoded = tokenize(dataset.select(range(rank, total, count)) if count > 1 else dataset, tokenizer)
+        inputs = encoded.select_columns(
+            [name for name in tokenizer.model_input_names if name in encoded.column_names]
+        )
+        lengths = np.asarray(encoded["length"])
+        own = batched_logits(model, tokenizer, inputs.__getitem__, lengths, device, precision)
     for number, part in enumerate(processes.gather(own)):
         logits[number::count] = part
     return logits

@@ -69,7 +69,7 @@ def compare_versions(
         }
         if index:
             discordant = _discordant(predictions[index], predictions[0], classes)
-            row["difference"] = _differences(own, scores[0], boot, index, discordant)
+            row["difference"] = _differences(own, scores[0], boot, index, discordant, len(labels))
             row["mcnemar"] = asdict(mcnemar(labels, predictions[0], predictions[index]))
         rows.append(row)
     return rows
@@ -97,7 +97,7 @@ def _intervals(own: Scores, boot: Bootstrap, index: int) -> dict[str, Any]:
 
 
 def _differences(
-    own: Scores, reference: Scores, boot: Bootstrap, index: int, discordant: NDArray[np.int64]
+    own: Scores, reference: Scores, boot: Bootstrap, index: int, discordant: NDArray[np.int64], texts: int
 ) -> dict[str, Any]:
     """Scores less the reference's, with intervals; macro-F1 over the classes that the test split has.
 
@@ -110,6 +110,7 @@ def _differences(
         boot: resampled scores of all versions.
         index: number of the version.
         discordant: texts that only one of the two answered with each class, shape (classes,).
+        texts: how many there are.
     """
     support = np.array(reference.support)
     present = support > 0
@@ -124,7 +125,7 @@ def _differences(
             difference_interval(
                 own.accuracy - reference.accuracy,
                 boot.accuracy[:, index] - boot.accuracy[:, 0],
-                undetected(int(support.sum())),
+                undetected(texts),
             )
         ),
         "macro_f1": asdict(
@@ -135,8 +136,8 @@ def _differences(
             )
         ),
         "f1": [
-            asdict(difference_interval(value, samples, undetected(texts)))
-            for value, samples, texts in zip(f1.tolist(), change.T, reference.support, strict=True)
+            asdict(difference_interval(value, samples, undetected(count)))
+            for value, samples, count in zip(f1.tolist(), change.T, reference.support, strict=True)
         ],
         "calls": calls.tolist(),
     }

@@ -1,6 +1,6 @@
 """`distill explain`: why each version answers as it does, for given texts or a sample of the test split."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from distill.explain.versions import (
     read_stage,
 )
 from distill.explain.words import Text
+from numpy.typing import NDArray
 
 from distill.artifact import Manifest
 from distill.data import reload_data, texts_of
@@ -121,13 +122,29 @@ def explain_texts(options: ExplainOptions) -> list[dict[str, Any]]:
     models = {
         version.name: open_for_explanation(version, manifest.labels, options.device) for version in versions
     }
+    thresholds = {version.name: version.decision.probability_thresholds for version in versions}
     found = progress(attribute_all(texts, models, options.method, options.seed), len(texts), "Explanations")
     return [
-        _entry(text, one, manifest.labels, options.method) for text, one in zip(texts, found, strict=True)
+        _entry(text, one, manifest.labels, options.method, thresholds)
+        for text, one in zip(texts, found, strict=True)
     ]
 
 
-def _entry(text: Text, found: dict[str, Attribution], labels: Sequence[str], method: str) -> dict[str, Any]:
+def _answer(
+    found: Attribution, labels: Sequence[str], thresholds: NDArray[np.float64] | None
+) -> str | list[str]:
+    if thresholds is None:
+        return labels[found.predicted]
+    return [label for label, given in zip(labels, found.output >= thresholds, strict=True) if given]
+
+
+def _entry(
+    text: Text,
+    found: dict[str, Attribution],
+    labels: Sequence[str],
+    method: str,
+    thresholds: Mapping[str, NDArray[np.float64] | None],
+) -> dict[str, Any]:
     first = next(iter(found.values()))
     return {
         "text": text,
@@ -135,7 +152,8 @@ def _entry(text: Text, found: dict[str, Attribution], labels: Sequence[str], met
         "words": first.words.words,
         "versions": {
             name: {
-                "prediction": labels[one.predicted],
+                "prediction": _answer(one, labels, thresholds[name]),
+                "most_probable": labels[one.predicted],
                 "probabilities": dict(zip(labels, one.output.tolist(), strict=True)),
                 "base": dict(zip(labels, one.base.tolist(), strict=True)),
                 "values": dict(zip(labels, one.values.T.tolist(), strict=True)),
@@ -149,11 +167,11 @@ def _entry(text: Text, found: dict[str, Attribution], labels: Sequence[str], met
 def show(entry: dict[str, Any]) -> str:
     """One explained text for a terminal: what its words add to the class that the first version chose."""
     versions = entry["versions"]
-    label = next(iter(versions.values()))["prediction"]
+    label = next(iter(versions.values()))["most_probable"]
     text = entry["text"] if isinstance(entry["text"], str) else " | ".join(entry["text"])
     lines = [text, ""]
     for name, one in versions.items():
-        chosen = one["prediction"]
+        chosen = one["most_probable"]
         line = f"  {name:10} {chosen} {one['probabilities'][chosen]:.3f}"
         lines.append(
             line + (f", values sum up within {one['residual']:.0e}" if one["residual"] is not None else "")

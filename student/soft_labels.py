@@ -20,11 +20,12 @@ from distill.artifact import Manifest, manifest_hash
 from distill.models import choose_device, choose_precision, load_model, load_tokenizer
 from distill.predictions import UNSEEN, read_predictions
 from distill.processes import once
-from distill.ray_data import map_parquet
+from distill.ray_data import map_parquet, start_ray
 from distill.training import predict_logits
 
 logger = logging.getLogger(__name__)
 CHUNK = 5_000
+DONE = "done"
 
 
 def _read(folder: Path, classes: int) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
@@ -64,6 +65,7 @@ class Labeller:
     """A worker of Ray: the teacher, which labels rows with id, text and perhaps text_pair."""
 
     def __init__(self, teacher: str, labels: list[str], max_length: int, device: str, precision: str) -> None:
+        os.environ["WORLD_SIZE"] = "1"  # it is none of the processes that train together
         if device == "cpu":
             torch.set_num_threads(1)  # there is a worker for every core
         self._model = load_model(teacher, labels, "--teacher")
@@ -85,6 +87,7 @@ def _label_with_ray(
     workers: int | None,
 ) -> None:
     """Label texts over Ray Data; where that was interrupted, those that are missing."""
+    ready = start_ray(how[0] == "cuda", workers)
     identity = hashlib.sha256("".join(missing["id"]).encode()).hexdigest()[:16]
     place = folder / f"ray-{identity}"
     if not (place / "texts").is_dir():
@@ -95,19 +98,25 @@ def _label_with_ray(
             part = missing.select(range(start, min(start + CHUNK, len(missing))))
             part.to_parquet(partial / f"{start // CHUNK:06}.parquet")
         partial.rename(place / "texts")
-    (place / "logits").mkdir(exist_ok=True)
-    map_parquet(
-        str(place / "texts"),
-        str(place / "logits"),
-        str(place / "logits.checkpoint"),
-        Labeller,
-        (str(teacher.resolve()), manifest.labels, manifest.max_length, *how),
-        id_column="id",
-        on_gpu=how[0] == "cuda",
-        workers=workers,
-    )
+    for name in ("logits", "notes"):
+        (place / name).mkdir(exist_ok=True)
+    arguments = (str(teacher.resolve()), manifest.labels, manifest.max_length, *how)
+    texts, logits, notes = (str(place / name) for name in ("texts", "logits", "notes"))
+    map_parquet(texts, logits, notes, Labeller, arguments, ready, id_column="id")
+    (place / DONE).touch()
+    _collect(place)
+
+
+def _collect_finished(folder: Path) -> None:
+    for place in folder.glob("ray-*"):
+        if (place / DONE).exists():
+            _collect(place)
+
+
+def _collect(place: Path) -> None:
+    """Move what Ray has written to the other parts; what an interruption leaves is moved the next time."""
     for path in (place / "logits").glob("*.parquet"):
-        path.rename(folder / f"part-{path.name}")
+        path.rename(place.parent / f"part-{path.name}")
     shutil.rmtree(place)
 
 
@@ -138,6 +147,7 @@ def teacher_logits(
     folder = teacher.parent / "soft_labels" / manifest_hash(teacher)[:16]
     classes = len(manifest.labels)
     wanted = np.asarray(dataset["id"], dtype="<U16")
+    once(partial(_collect_finished, folder))
     known, logits = _labelled(teacher, folder, classes)
     _, first = np.unique(wanted, return_index=True)
     missing = np.sort(first[~np.isin(wanted[first], known)])

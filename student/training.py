@@ -29,7 +29,7 @@ from distill.decision import Decision, fit_thresholds
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, labels_of, read_predictions, write_predictions
-from distill.processes import join, once
+from distill.processes import ahead, count, join, once
 from distill.sources import Columns, parts_of
 from distill.trainer import tokenize
 from distill.training import Trained, TrainingOptions, fit, predict_logits
@@ -124,7 +124,7 @@ def _fit(options: StudentOptions) -> _Fitted:
     once(partial(refuse_unfinished, options, "train-student"))
     teacher = read_manifest(options.teacher, "train-teacher", "--teacher")
     verify(options.teacher, teacher)
-    data = reload_data(teacher.data, teacher.labels, options.data)
+    data = ahead(partial(reload_data, teacher.data, teacher.labels, options.data))
     columns = Columns(options.text_column or data.columns.text, data.columns.text_pair)
     held_out = {text_id for split in EVALUATED for text_id in data.splits[split]["id"]}
     unlabeled = [unlabeled_text(options.unlabeled, columns, held_out)] if options.unlabeled else []
@@ -139,15 +139,15 @@ def _fit(options: StudentOptions) -> _Fitted:
         "data_fingerprint": data.fingerprint,
         "corpus_fingerprint": hashlib.sha256("".join(corpus["id"]).encode()).hexdigest(),
     }
+    if count() > 1:
+        recipe["processes"] = count()
     resume_from = once(partial(prepare_checkpoints, options, recipe, "train-student"))
     extra = {"unlabeled": sum(map(len, unlabeled)), "augmented": 0}
     if budget:
         # Of the split's seed, not of this run's: all students of a teacher share texts and soft labels.
         similar = _similar_words(options.teacher, teacher, corpus)
         folder = options.checkpoints / "augmented"
-        make = partial(augmented_text, corpus, budget, data.seed, held_out, similar, folder)
-        once(lambda: len(make()))  # the others find it made
-        made = make()
+        made = ahead(partial(augmented_text, corpus, budget, data.seed, held_out, similar, folder))
         corpus, unlabeled = concatenate_datasets([corpus, made]), [*unlabeled, made]
         extra["augmented"] = len(made)
     if options.vocabulary is not None:
@@ -166,9 +166,7 @@ def _fit(options: StudentOptions) -> _Fitted:
             options.workers,
         )
         rows = with_soft_labels(rows, unlabeled, logits / temperature)
-    file = options.checkpoints / "train.arrow"
-    once(lambda: len(tokenize(rows, tokenizer, file)))
-    train = tokenize(rows, tokenizer, file)
+    train = ahead(partial(tokenize, rows, tokenizer, options.checkpoints / "train.arrow"))
     validation = tokenize(data.splits["validation"], tokenizer)
 
     def loss(student_logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:

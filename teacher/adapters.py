@@ -138,5 +138,6 @@ def in_four_bits(config: Any, device: str, precision: str) -> dict[str, Any]:
             bnb_4bit_compute_dtype=PRECISIONS[precision],
             llm_int8_skip_modules=_heads(skeleton),
         ),
-        "device_map": {"": device},
+        # The number of the GPU, which differs between processes that train together.
+        "device_map": {"": torch.cuda.current_device() if device == "cuda" else device},
     }

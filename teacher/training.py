@@ -23,7 +23,7 @@ from distill.errors import DistillError
 from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, UNSEEN, labels_of, write_predictions
-from distill.processes import join, once
+from distill.processes import ahead, count, join, once
 from distill.sources import Columns
 from distill.trainer import tokenize
 from distill.training import Trained, TrainingOptions, fit, predict_logits
@@ -90,6 +90,8 @@ def _fit(options: TeacherOptions, data: Data) -> tuple[Trained, Any]:
     set_seed(options.seed)  # a new head is drawn at random
     model = _build(options, data)
     recipe = {**options.recipe(), "data_fingerprint": data.fingerprint}
+    if count() > 1:
+        recipe["processes"] = count()
     resume_from = once(partial(prepare_checkpoints, options, recipe, "train-teacher"))
     train = tokenize(data.splits["train"], tokenizer)
     weights = balanced_weights(labels_of(train), len(data.labels)) if options.class_weights else None
@@ -133,7 +135,7 @@ def train_teacher(options: TeacherOptions) -> Manifest:
     started = time.monotonic()
     join(options.device)
     _check(options)
-    data = load_data(options.data, options.columns, options.seed)
+    data = ahead(partial(load_data, options.data, options.columns, options.seed))
     unseen, details = {}, {}
     if options.folds:
         unseen["train"], scores = out_of_fold(data, options.folds, options, _fold)

@@ -19,8 +19,8 @@ ray = pytest.importorskip("ray")
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """One cluster of two cores for all tests."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    """One cluster for all tests, as `start_ray` makes it on two cores."""
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -37,28 +37,46 @@ def _answers(folder):
     return pyarrow.dataset.dataset(folder, format="parquet").to_table().sort_by("number").to_pylist()
 
 
+def _interrupt(output):
+    """Make of a finished run one that was killed when half of its rows were written."""
+    rows = pyarrow.dataset.dataset(output, format="parquet").to_table()
+    for path in output.glob("*.parquet"):
+        path.unlink()
+    half = rows.slice(0, len(rows) // 2)
+    pyarrow.parquet.write_table(half, output / "first.parquet")
+    notes = output.with_name(f"{output.name}.checkpoint")
+    notes.mkdir()
+    pyarrow.parquet.write_table(half.select(["row_hash"]), notes / "first.parquet")
+    record = json.loads((output / "_distill.json").read_text())
+    del record["done"]
+    (output / "_distill.json").write_text(json.dumps(record))
+    return half["number"].to_pylist()
+
+
 def test_every_row_is_answered_once_also_where_a_run_broke_off(chain, run, tmp_path):
     texts = [text for text, _ in make_rows(300, seed=7)]
-    source = _write(tmp_path / "in", [*texts[:-1], None])
-    arguments = ("predict", source, "--engine", "ray", "--output", tmp_path / "out", "--bundle", chain.export)
-    broken = run(*arguments)
-    assert broken.exit_code == 1 and "no text in column 'text'; found None" in broken.output
-    assert len(broken.output.strip().splitlines()) <= 3
-    _write(source, texts)
-    other = run(*arguments, "--file", "onnx/model.onnx")
-    assert "whose file was None, not onnx/model.onnx; give it as it was" in other.output
+    source, output = _write(tmp_path / "in", [*texts[:-1], None]), tmp_path / "out"
+    arguments = ("predict", source, "--engine", "ray", "--output", output, "--bundle", chain.export)
     done = run(*arguments)
     assert done.exit_code == 0 and "300 rows" in done.output, done.output
-    rows = _answers(tmp_path / "out")
+    rows = _answers(output)
     assert [row["number"] for row in rows] == list(range(300))
     classifier = Classifier(chain.export)
-    assert [row["prediction"] for row in rows] == classifier.predict(texts)
-    expected = classifier.predict_proba(texts).max(axis=1)
-    np.testing.assert_allclose([row["score"] for row in rows], expected)
+    assert [row["prediction"] for row in rows] == [*classifier.predict(texts[:-1]), None]
+    expected = classifier.predict_proba(texts[:-1]).max(axis=1)
+    np.testing.assert_allclose([row["score"] for row in rows[:-1]], expected)
     assert not (tmp_path / "out.checkpoint").exists()
     assert "already there; add --overwrite" in run(*arguments).output
-    assert run(*arguments, "--overwrite").exit_code == 0
-    assert len(_answers(tmp_path / "out")) == 300
+    first = _interrupt(output)
+    assert len(first) == 150
+    other = run(*arguments, "--file", "onnx/model.onnx")
+    assert "an interrupted run with another file; give it as it was" in other.output
+    assert run(*arguments).exit_code == 0
+    assert [row["prediction"] for row in _answers(output)] == [row["prediction"] for row in rows]
+    assert (output / "first.parquet").exists()  # what was done was not done again
+    _interrupt(output)
+    _write(source, texts)
+    assert "another content of the source" in run(*arguments).output
 
 
 @pytest.mark.parametrize(
@@ -67,6 +85,10 @@ def test_every_row_is_answered_once_also_where_a_run_broke_off(chain, run, tmp_p
         ("none", "out", "no Parquet to read"),
         ("in", None, "name a file, a folder or an address"),
         ("odd", "out", "already has a column 'score'"),
+        ("in", "in", "in, or around, what is read"),
+        ("in", "in/out", "in, or around, what is read"),
+        ("in", "mine", "not what distill wrote"),
+        ("damaged", "out", "no Parquet to read"),
     ],
 )
 def test_what_cannot_be_done_is_told_before_anything_is_written(
@@ -75,10 +97,15 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(
     _write(tmp_path / "in", ["a", "b", "c"])
     (tmp_path / "odd").mkdir()
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "score": [1]}), tmp_path / "odd" / "a.parquet")
+    _write(tmp_path / "mine", ["a", "b", "c"])
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "a.parquet").write_text("nothing of the kind")
     place = ("--output", tmp_path / output) if output else ()
-    found = run("predict", tmp_path / source, "--engine", "ray", *place, "--bundle", chain.export)
+    found = run(
+        "predict", tmp_path / source, "--engine", "ray", *place, "--overwrite", "--bundle", chain.export
+    )
     assert found.exit_code == 1 and message in found.output
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and len(list((tmp_path / "mine").iterdir())) == 3
 
 
 def test_soft_labels_of_workers_are_those_of_one_process(chain, tmp_path):

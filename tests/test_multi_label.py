@@ -121,6 +121,25 @@ def test_labels_that_are_made_of_others_are_pointed_out(tmp_path):
     assert finding.examples == ["a|b"] and "--multi-label" in finding.action
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([0.0, 1.0, 0.0], "names a label twice"),
+        ([["a"], ["b"]], "a list of lists"),
+        ([{"name": "a"}], "a label is one string or integer"),
+    ],
+)
+def test_lists_that_are_no_labels_are_refused(tmp_path, value, message):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a", "label": value}) + "\n")
+    with pytest.raises(DistillError, match=f"line 1: .*{message}"):
+        load_data(str(tmp_path / "a.jsonl"), SEVERAL)
+
+
+def test_texts_without_any_label_are_no_classes(tmp_path):
+    with pytest.raises(DistillError, match="no label at all"):
+        load_data(str(write_csv(tmp_path / "a.csv", [(f"t{i}", "") for i in range(9)])), SEVERAL)
+
+
 def test_an_empty_separator_is_refused(run, tmp_path, checkpoint):
     found = run("train-teacher", "--data", write_csv(tmp_path / "a.csv", []), "--model", checkpoint,
                 "--multi-label", "--label-separator", "")  # fmt: skip

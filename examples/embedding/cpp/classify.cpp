@@ -225,6 +225,8 @@ int main(int count, char** arguments) try {
   if (count < 2) throw std::runtime_error("usage: classify BUNDLE [FILE] < texts.txt");
   const std::string bundle = arguments[1];
   const json manifest = read_json(bundle + "/distill.json");
+  if (manifest.value("problem_type", "") == "multi_label_classification")
+    throw std::runtime_error(bundle + ": its texts have several labels each; this program gives one");
   const json& details = manifest.at("details");
   const std::string file = count > 2 ? arguments[2] : details.at("files").at("cpu").get<std::string>();
   const std::vector<std::string> labels = manifest.at("labels");
