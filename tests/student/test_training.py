@@ -158,7 +158,8 @@ def test_a_student_learns_from_the_probabilities_that_the_teacher_should_have_gi
 def test_a_library_user_gets_the_commands_defaults():
     defaults = StudentOptions()
     for name, value in command.make_context("train-student", []).params.items():
-        if hasattr(defaults, name):
+        # The least number of steps is for users who have not said how many epochs; in the library they have.
+        if hasattr(defaults, name) and name != "min_steps":
             assert value == getattr(defaults, name), name
 
 
