@@ -30,12 +30,13 @@ from distill.student.vocabulary import trim_vocabulary
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from distill import training
+from distill.arguments import TrainingOptions
 from distill.data import load_data, texts_of
 from distill.first_token import first_token_only
 from distill.latency import cpu_name
 from distill.models import choose_precision, load_model, load_tokenizer
 from distill.trainer import BEYOND_THE_MODEL, Collator, LossTrainer, tokenize
-from distill.training import TrainingOptions, fit
+from distill.training import fit
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RATE = 3e-4

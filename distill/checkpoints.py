@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from distill.arguments import TrainingOptions
 from distill.artifact import check_output
 from distill.errors import DistillError
-from distill.training import TrainingOptions
 
 logger = logging.getLogger(__name__)
 RECIPE = "recipe.json"

@@ -90,6 +90,11 @@ def fit_thresholds(logits: Logits, labels: Labels) -> tuple[float, ...] | None:
     return tuple(_best_threshold(*column) for column in zip(logits.T, labels.T, strict=True))
 
 
+def fit_answers(logits: Logits, labels: Labels) -> Labels:
+    """Answers to the texts that any thresholds are fitted to: validation text, never test text."""
+    return Decision(thresholds=fit_thresholds(logits, labels)).answers(logits)
+
+
 def _best_threshold(logits: Logits, truth: Labels) -> float:
     if not truth.any():
         return 0.0

@@ -8,8 +8,9 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
 
-from distill.decision import Labels
+from distill.decision import Decision, Labels, fit_thresholds
 from distill.errors import DistillError
+from distill.metrics import score
 
 FILE = "predictions.parquet"
 EVALUATED = ("validation", "test")
@@ -40,6 +41,17 @@ def labels_array(column: list[Any]) -> Labels:
 def labels_of(dataset: Dataset) -> Labels:
     """True classes of the rows, shape (n,), or their labels, shape (n, classes)."""
     return labels_array(list(dataset["label"]))
+
+
+def score_splits(
+    splits: DatasetDict, logits: dict[str, NDArray[np.float32]], classes: int
+) -> dict[str, dict[str, float]]:
+    """What a manifest says of validation and test text; any thresholds are fitted to validation text."""
+    truth = {split: labels_of(splits[split]) for split in EVALUATED}
+    decision = Decision(thresholds=fit_thresholds(logits["validation"], truth["validation"]))
+    return {
+        split: score(truth[split], decision.answers(logits[split]), classes).summary() for split in EVALUATED
+    }
 
 
 def write_predictions(

@@ -14,9 +14,17 @@ TOLD = "told by the first process"
 PATIENCE = timedelta(hours=24)  # one process may read data, time students or write while the others wait
 
 
-def count() -> int:
-    """How many processes train together."""
+_joined = False
+
+
+def launched() -> int:
+    """How many processes the launcher has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def count() -> int:
+    """How many processes have met to train together; what they start themselves, as Ray does, has not."""
+    return launched() if _joined else 1
 
 
 def rank() -> int:
@@ -39,11 +47,13 @@ def join(device: str) -> None:
                 f"accelerate launch: {name} is not supported: every process holds the whole model; leave it "
                 "out, and take --qlora for a model that does not fit a GPU"
             )
-    if count() == 1:
+    if launched() == 1:
         return
+    global _joined
     import torch
     from accelerate import PartialState
 
+    _joined = True
     if not torch.distributed.is_initialized():
         on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
         PartialState(cpu=on_cpu, timeout=PATIENCE)

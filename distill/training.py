@@ -1,24 +1,22 @@
-"""How a teacher and a student are trained: options, batches that fit the memory, and the best weights."""
+"""How a teacher and a student are trained: batches that fit the memory, and the best weights."""
 
 import logging
-import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from datasets import Dataset
 from numpy.typing import NDArray
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from distill import processes
+from distill.arguments import TrainingOptions, training_arguments
 from distill.callbacks import ProgressCallback, SaveInTime, Watch, being_watched
-from distill.decision import Decision, fit_thresholds
+from distill.decision import fit_answers
 from distill.errors import DistillError
 from distill.first_token import first_token_only
 from distill.memory import Plan, available, measure, plan, smaller
@@ -30,125 +28,7 @@ from distill.trainer import BEYOND_THE_MODEL, Collator, LossTrainer, tokenize
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Options that both training stages have. Batch size is per device."""
-
-    output: Path
-    epochs: float = 3.0
-    max_steps: int = -1
-    min_steps: int = 0
-    """Where the epochs make fewer, so many are taken, with as many evaluations as there are epochs."""
-    batch_size: int = 32
-    gradient_accumulation: int = 1
-    gradient_checkpointing: bool = False
-    learning_rate: float = 5e-5
-    head_learning_rate: float | None = None
-    """Of what is new, head and adapters; ten times `learning_rate` when left out."""
-    warmup_ratio: float = 0.06
-    weight_decay: float = 0.01
-    dropout: float | None = None
-    freeze_embeddings: bool = False
-    max_grad_norm: float = 1.0
-    scheduler: str = "linear"
-    patience: int = 3
-    max_length: int = 256
-    device: str = "auto"
-    precision: str = "auto"
-    seed: int = 42
-    report_to: tuple[str, ...] = ()
-    """Trackers that the Trainer tells about loss and scores: tensorboard, mlflow, wandb."""
-    resume: bool = False
-    overwrite: bool = False
-
-    def recipe(self) -> dict[str, Any]:
-        """What decides the result, by name."""
-        beside = ("report_to", "resume", "overwrite", "engine", "workers")
-        return {name: value for name, value in asdict(self).items() if name not in beside}
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where an interrupted run can be picked up."""
-        return self.output.parent / "checkpoints" / self.output.name
-
-
 TOLD_TRUNCATED = 0.01
-OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit"}
-
-
-def _of_this_version(options: TrainingOptions) -> dict[str, Any]:
-    """Arguments that transformers 5 has under other names."""
-    logs = str(options.output.parent / "logs" / options.output.name)
-    if int(transformers.__version__.split(".")[0]) < 5:
-        return {"warmup_ratio": options.warmup_ratio, "logging_dir": logs}
-    os.environ["TENSORBOARD_LOGGING_DIR"] = logs
-    return {"warmup_steps": min(options.warmup_ratio, 1 - 1e-9)}  # from 1 on it counts steps
-
-
-class _Arguments(TrainingArguments):
-    @property
-    def device(self) -> torch.device:
-        """As the base class has it; but PyTorch restores no checkpoint to the second process' "cpu:1"."""
-        device: torch.device = super().device
-        return torch.device("cpu") if device.type == "cpu" else device
-
-
-def _length(options: TrainingOptions, cut: Plan, texts: int) -> dict[str, Any]:
-    """How long to train, and when to evaluate and save."""
-    an_epoch = math.ceil(texts / (cut.micro_batch * cut.accumulation * processes.count()))
-    if options.max_steps > 0 or an_epoch * options.epochs >= options.min_steps:
-        length = {"num_train_epochs": options.epochs, "max_steps": options.max_steps}
-        return {**length, "eval_strategy": "epoch", "save_strategy": "epoch"}
-    logger.info("Few texts: %d steps, %.0f epochs", options.min_steps, options.min_steps / an_epoch)
-    evaluations = max(1, round(options.epochs))
-    every = math.ceil(options.min_steps / evaluations)
-    return {
-        "max_steps": every * evaluations,
-        "eval_strategy": "steps",
-        "eval_steps": every,
-        "save_strategy": "steps",
-        "save_steps": every,
-    }
-
-
-def _arguments(
-    options: TrainingOptions, cut: Plan, precision: str, device: str, texts: int
-) -> TrainingArguments:
-    return _Arguments(
-        output_dir=str(options.checkpoints),
-        **_length(options, cut, texts),
-        per_device_train_batch_size=cut.micro_batch,
-        per_device_eval_batch_size=cut.micro_batch * 2,
-        gradient_accumulation_steps=cut.accumulation,
-        gradient_checkpointing=cut.recompute,
-        # The re-entrant kind gives no gradient to anything after frozen embeddings.
-        gradient_checkpointing_kwargs={"use_reentrant": False} if cut.recompute else None,
-        optim=OPTIMIZERS[cut.optimizer],
-        learning_rate=options.learning_rate,
-        **_of_this_version(options),
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        lr_scheduler_type=options.scheduler,
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        restore_callback_states_from_checkpoint=True,
-        metric_for_best_model="macro_f1",
-        greater_is_better=True,
-        remove_unused_columns=False,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        use_cpu=device == "cpu",
-        dataloader_pin_memory=device == "cuda",
-        seed=options.seed,
-        disable_tqdm=True,
-        logging_strategy="steps" if options.report_to else "no",
-        logging_steps=10,
-        run_name=options.output.name,
-        report_to=list(options.report_to),
-        log_level_replica="error",
-    )
-
-
 KEEPING_START = ("cuda",)  # a CPU that is out of memory ends the process
 
 
@@ -206,15 +86,14 @@ def fit(
 
     def evaluate(prediction: Any) -> dict[str, float]:
         labels, logits = labels_array(prediction.label_ids), prediction.predictions
-        answers = Decision(thresholds=fit_thresholds(logits, labels)).answers(logits)
-        return score(labels, answers, classes).summary()
+        return score(labels, fit_answers(logits, labels), classes).summary()
 
     def attempt(cut: Plan, resume_from: str | None) -> LossTrainer | None:
         """Train; None where memory was too short."""
         progress = ProgressCallback(title)
         trainer = LossTrainer(
             model=model,
-            args=_arguments(options, cut, precision, device, len(train)),
+            args=training_arguments(options, cut, precision, device, len(train)),
             train_dataset=train,
             eval_dataset=validation,
             processing_class=tokenizer,

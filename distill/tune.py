@@ -133,7 +133,7 @@ def _tune(
     as_json: bool,
     **options: Any,
 ) -> None:
-    if processes.count() > 1:
+    if processes.launched() > 1:
         raise DistillError("tune: start it without torchrun; the same command once more is another worker")
     context = click.get_current_context()
     parameters = {str(one.name): one for one in context.command.params if str(one.name) in options}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from distill.artifact import Manifest
 from distill.bundle import open_bundle
 from distill.data import Data, texts_of
-from distill.decision import Decision, fit_thresholds
+from distill.decision import fit_answers
 from distill.engine import Text
 from distill.latency import measure
 from distill.metrics import score
@@ -52,8 +52,7 @@ class Draft:
     def macro_f1(self, logits: NDArray[np.float32]) -> float:
         """Macro-F1 of logits of the validation texts, 0 to 1; any thresholds are fitted to these."""
         labels = self.labels["validation"]
-        answers = Decision(thresholds=fit_thresholds(logits, labels)).answers(logits)
-        return score(labels, answers, len(self.manifest.labels)).macro_f1
+        return score(labels, fit_answers(logits, labels), len(self.manifest.labels)).macro_f1
 
     def compare(self, reference: NDArray[np.float32], other: NDArray[np.float32]) -> Parity:
         """Compare logits of the validation texts, shape (n, classes)."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.decision import Decision, Labels, fit_thresholds, same
+from distill.decision import Labels, fit_answers, same
 from distill.errors import DistillError
 
 MAX_LOGIT_DIFFERENCE = 1e-3
@@ -35,7 +35,7 @@ def compare(reference: NDArray[np.float32], other: NDArray[np.float32], labels: 
         other: of another, on the same texts.
         labels: true ones; in a multi-label problem each version has thresholds that are fitted to them.
     """
-    answers = [Decision(thresholds=fit_thresholds(one, labels)).answers(one) for one in (reference, other)]
+    answers = [fit_answers(one, labels) for one in (reference, other)]
     return Parity(
         texts=len(reference),
         max_logit_difference=float(np.abs(reference - other).max()),

@@ -56,16 +56,15 @@ def _table(ids: list[str], logits: NDArray[np.float32]) -> pyarrow.Table:
 def _write(folder: Path, ids: NDArray[np.str_], logits: NDArray[np.float32]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"part-{hashlib.sha256(''.join(ids).encode()).hexdigest()[:16]}.parquet"
-    partial = path.with_suffix(".partial")
-    pyarrow.parquet.write_table(_table(ids.tolist(), logits), partial)
-    os.replace(partial, path)
+    unfinished = path.with_suffix(".partial")
+    pyarrow.parquet.write_table(_table(ids.tolist(), logits), unfinished)
+    os.replace(unfinished, path)
 
 
 class Labeller:
     """A worker of Ray: the teacher, which labels rows with id, text and perhaps text_pair."""
 
     def __init__(self, teacher: str, labels: list[str], max_length: int, device: str, precision: str) -> None:
-        os.environ["WORLD_SIZE"] = "1"  # it is none of the processes that train together
         if device == "cpu":
             torch.set_num_threads(1)  # there is a worker for every core
         self._model = load_model(teacher, labels, "--teacher")
@@ -91,13 +90,13 @@ def _label_with_ray(
     identity = hashlib.sha256("".join(missing["id"]).encode()).hexdigest()[:16]
     place = folder / f"ray-{identity}"
     if not (place / "texts").is_dir():
-        partial = place / "texts.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        unfinished = place / "texts.partial"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
         for start in range(0, len(missing), CHUNK):
             part = missing.select(range(start, min(start + CHUNK, len(missing))))
-            part.to_parquet(partial / f"{start // CHUNK:06}.parquet")
-        partial.rename(place / "texts")
+            part.to_parquet(unfinished / f"{start // CHUNK:06}.parquet")
+        unfinished.rename(place / "texts")
     for name in ("logits", "notes"):
         (place / name).mkdir(exist_ok=True)
     arguments = (str(teacher.resolve()), manifest.labels, manifest.max_length, *how)

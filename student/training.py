@@ -21,18 +21,17 @@ from distill.student.soft_labels import teacher_logits
 from distill.student.vocabulary import trim_vocabulary
 from transformers import set_seed
 
+from distill.arguments import TrainingOptions
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
 from distill.calibration import fit_temperature
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, recorded_recipe, refuse_unfinished
 from distill.data import Data, reload_data, texts_of
-from distill.decision import Decision, fit_thresholds
-from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
-from distill.predictions import EVALUATED, labels_of, read_predictions, write_predictions
+from distill.predictions import EVALUATED, read_predictions, score_splits, write_predictions
 from distill.processes import ahead, count, join, once
 from distill.sources import Columns, parts_of
 from distill.trainer import tokenize
-from distill.training import Trained, TrainingOptions, fit, predict_logits
+from distill.training import Trained, fit, predict_logits
 from distill.words import segments
 
 logger = logging.getLogger(__name__)
@@ -199,8 +198,6 @@ def train_student(options: StudentOptions) -> Manifest:
         split: predict_logits(trained.model, tokenizer, data.splits[split], trained.device, trained.precision)
         for split in EVALUATED
     }
-    truth = {split: labels_of(data.splits[split]) for split in EVALUATED}
-    decision = Decision(thresholds=fit_thresholds(predictions["validation"], truth["validation"]))
     manifest = Manifest(
         stage="train-student",
         labels=data.labels,
@@ -208,10 +205,7 @@ def train_student(options: StudentOptions) -> Manifest:
         seed=options.seed,
         data={**data.manifest(), **fitted.made},
         parents=[{"path": str(options.teacher), "manifest_sha256": fitted.parent}],
-        metrics={
-            split: score(truth[split], decision.answers(predictions[split]), len(data.labels)).summary()
-            for split in EVALUATED
-        },
+        metrics=score_splits(data.splits, predictions, len(data.labels)),
         problem_type=data.problem_type,
         max_length=tokenizer.model_max_length,
         parameters=count_parameters(trained.model),

@@ -18,13 +18,13 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
 
+from distill.arguments import TrainingOptions
 from distill.data import Data
 from distill.decision import Decision, Labels
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.predictions import labels_of
 from distill.processes import once
-from distill.training import TrainingOptions
 
 logger = logging.getLogger(__name__)
 

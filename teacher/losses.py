@@ -51,14 +51,16 @@ def teacher_loss(
     weights = weights.to(logits.device) if weights is not None else None
     if labels.ndim == 1:
         each = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing, reduction="none")
-        probability = torch.softmax(logits, dim=-1).gather(-1, labels[:, None])[:, 0]
     else:
         smooth = (1 - smoothing) * labels.to(logits.dtype) + smoothing / 2
         each = F.binary_cross_entropy_with_logits(logits, smooth, reduction="none")
         if weights is not None:
             each = torch.where(labels.bool(), weights[1], weights[0]) * each
-        probability = torch.sigmoid(torch.where(labels.bool(), logits, -logits))
     if gamma:
+        if labels.ndim == 1:
+            probability = torch.softmax(logits, dim=-1).gather(-1, labels[:, None])[:, 0]
+        else:
+            probability = torch.sigmoid(torch.where(labels.bool(), logits, -logits))
         # At p = 1 the power has no gradient for gamma below 1.
         each = (1 - probability).clamp_min(1e-6) ** gamma * each
     return each.sum() / len(labels)

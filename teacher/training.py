@@ -15,18 +15,17 @@ from distill.teacher.losses import balanced_weights, teacher_loss
 from numpy.typing import NDArray
 from transformers import set_seed
 
+from distill.arguments import TrainingOptions
 from distill.artifact import Manifest, publish
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, refuse_unfinished
 from distill.data import Data, load_data
-from distill.decision import Decision, fit_thresholds
 from distill.errors import DistillError
-from distill.metrics import score
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
-from distill.predictions import EVALUATED, UNSEEN, labels_of, write_predictions
+from distill.predictions import EVALUATED, UNSEEN, labels_of, score_splits, write_predictions
 from distill.processes import ahead, count, join, once
 from distill.sources import Columns
 from distill.trainer import tokenize
-from distill.training import Trained, TrainingOptions, fit, predict_logits
+from distill.training import Trained, fit, predict_logits
 
 
 @dataclass(frozen=True)
@@ -145,18 +144,13 @@ def train_teacher(options: TeacherOptions) -> Manifest:
         split: predict_logits(trained.model, tokenizer, data.splits[split], trained.device, trained.precision)
         for split in EVALUATED
     }
-    truth = {split: labels_of(data.splits[split]) for split in EVALUATED}
-    decision = Decision(thresholds=fit_thresholds(logits["validation"], truth["validation"]))
     manifest = Manifest(
         stage="train-teacher",
         labels=data.labels,
         options={k: str(v) if isinstance(v, Path) else v for k, v in options.recipe().items()},
         seed=options.seed,
         data=data.manifest(),
-        metrics={
-            split: score(truth[split], decision.answers(logits[split]), len(data.labels)).summary()
-            for split in EVALUATED
-        },
+        metrics=score_splits(data.splits, logits, len(data.labels)),
         problem_type=data.problem_type,
         max_length=tokenizer.model_max_length,
         parameters=count_parameters(trained.model),

@@ -8,9 +8,10 @@ from conftest import make_configs, make_tokenizer
 from datasets import Dataset
 
 from distill import options as options_module
+from distill.arguments import TrainingOptions, length_of, training_arguments
 from distill.memory import Plan
 from distill.trainer import LossTrainer, is_new, tokenize
-from distill.training import TrainingOptions, _arguments, _length, _tell_truncated
+from distill.training import _tell_truncated
 
 FAMILIES = make_configs(layers=2)
 
@@ -59,7 +60,7 @@ def test_rows_in_a_file_are_memory_mapped_and_tokenized_once(tmp_path):
 
 def test_a_tracker_is_told_through_the_trainer_and_is_no_part_of_the_recipe(tmp_path):
     options = TrainingOptions(output=tmp_path / "runs" / "t", report_to=("tensorboard",))
-    arguments = _arguments(options, Plan(32, 1), "fp32", "cpu", 1000)
+    arguments = training_arguments(options, Plan(32, 1), "fp32", "cpu", 1000)
     assert arguments.report_to == ["tensorboard"] and arguments.logging_strategy == "steps"
     logs = (
         getattr(arguments, "logging_dir", None) or os.environ["TENSORBOARD_LOGGING_DIR"]
@@ -82,13 +83,13 @@ def test_few_texts_get_enough_steps_and_as_many_evaluations_as_epochs(
     tmp_path, texts, epochs, steps, evaluations
 ):
     options = TrainingOptions(output=tmp_path / "t", epochs=epochs, min_steps=200)
-    length = _length(options, Plan(32, 1), texts)
+    length = length_of(options, Plan(32, 1), texts)
     if steps is None:
         assert length["num_train_epochs"] == epochs and length["eval_strategy"] == "epoch"
     else:
         assert length["max_steps"] == steps == evaluations * length["eval_steps"]
         assert length["save_steps"] == length["eval_steps"]
-    assert _length(replace(options, max_steps=7), Plan(32, 1), texts)["max_steps"] == 7
+    assert length_of(replace(options, max_steps=7), Plan(32, 1), texts)["max_steps"] == 7
 
 
 @pytest.mark.parametrize(("given", "steps"), [((), 200), (("--epochs", 2), 0), (("--min-steps", 50), 50)])

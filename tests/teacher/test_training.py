@@ -76,7 +76,7 @@ def test_the_loss_of_several_labels_is_torchs_summed_over_the_labels():
         np.testing.assert_allclose(weights[:, label].numpy(), expected, rtol=1e-6)
 
 
-def test_the_focal_loss_of_several_labels_is_torchvisions_formula_and_differentiable():
+def test_the_focal_loss_of_several_labels_is_its_papers_and_differentiable():
     logits = torch.randn(20, 3, dtype=torch.float64, requires_grad=True)
     labels, weights = torch.tensor(SEVERAL).long(), balanced_weights(SEVERAL, 3).double()
     p = torch.sigmoid(logits)
