@@ -143,6 +143,8 @@ class Classifier:
         texts = list(_each_checked(texts))
         if self.provider == "cuda" and texts:
             return self._engine.batched_logits(texts)
+        if len(texts) == 1:
+            return self.logits(texts[0])[np.newaxis]
         logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
         # The longest first, so that no thread is left alone with a long text at the end.
         waiting = deque(sorted(range(len(texts)), key=lambda index: -_characters(texts[index])))
@@ -178,7 +180,7 @@ class Classifier:
 
     async def apredict(self, texts: Iterable[Text]) -> list[Any]:
         """`predict` for asyncio."""
-        return [self.answer(logits) for logits in await self.apredict_logits(texts)]
+        return [self._named(answer) for answer in self._decision.answers(await self.apredict_logits(texts))]
 
     def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
         """Calibrated probabilities of logits of shape (…, classes).
@@ -189,10 +191,12 @@ class Classifier:
 
     def answer(self, logits: NDArray[np.float32]) -> Any:
         """The label that logits of shape (classes,) give; a list of them where there may be several."""
-        found = self._decision.answers(logits)
+        return self._named(self._decision.answers(logits))
+
+    def _named(self, answer: Any) -> Any:
         if self.thresholds is None:
-            return self.labels[int(found)]
-        return [label for label, given in zip(self.labels, found, strict=True) if given]
+            return self.labels[answer]
+        return [label for label, given in zip(self.labels, answer, strict=True) if given]
 
     def predict_proba(self, texts: Iterable[Text]) -> NDArray[np.float64]:
         """Probabilities, shape (n, classes), columns in the order of `labels`."""
@@ -203,7 +207,7 @@ class Classifier:
 
         Such a list holds the labels whose probability reaches their threshold, and may be empty.
         """
-        return [self.answer(logits) for logits in self.predict_logits(texts)]
+        return [self._named(answer) for answer in self._decision.answers(self.predict_logits(texts))]
 
     def __call__(self, texts: str | Iterable[Text], **options: Any) -> list[Any]:
         """Answer as `transformers.pipeline("text-classification")` does, with calibrated scores.
