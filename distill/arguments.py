@@ -98,9 +98,9 @@ def length_of(options: TrainingOptions, cut: Plan, texts: int) -> dict[str, Any]
 
 
 def training_arguments(
-    options: TrainingOptions, cut: Plan, precision: str, device: str, texts: int
+    options: TrainingOptions, cut: Plan, precision: str, device: str, texts: int, in_windows: bool
 ) -> TrainingArguments:
-    """The Trainer's arguments for training on so many texts, in steps that are cut so."""
+    """The Trainer's arguments for training on so many texts (or windows of them), in steps cut so."""
     return _Arguments(
         output_dir=str(options.checkpoints),
         **length_of(options, cut, texts),
@@ -120,6 +120,7 @@ def training_arguments(
         load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True,
         metric_for_best_model="macro_f1",
+        label_names=["labels", "document"] if in_windows else None,
         greater_is_better=True,
         remove_unused_columns=False,
         bf16=precision == "bf16",

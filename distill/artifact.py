@@ -19,6 +19,7 @@ from typing import Any
 from distill.bundle import MANIFEST, seal_manifest
 from distill.decision import SINGLE_LABEL
 from distill.errors import DistillError
+from distill.long_texts import HEAD
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -57,6 +58,7 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
     created: str = ""
     problem_type: str = SINGLE_LABEL
+    long_texts: str = HEAD
     schema_version: int = SCHEMA_VERSION
     sha256: str = ""
 

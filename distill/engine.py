@@ -12,6 +12,7 @@ from tokenizers import Encoding, Tokenizer
 
 from distill.bundle import TOKENIZER, TOKENIZER_SETTINGS, Bundle
 from distill.errors import DistillError
+from distill.long_texts import HEAD, Reader, pooled
 
 logger = logging.getLogger(__name__)
 Text = str | tuple[str, str]
@@ -77,13 +78,29 @@ class Engine:
         self.file: str = file or files[provider]
         self._tokenizer, self._padding = _open_tokenizer(parts)
         self._max_length: int = parts.manifest["max_length"]
+        way = parts.manifest.get("long_texts", HEAD)
+        self._reader = None if way == HEAD else Reader(_open_tokenizer(parts)[0], self._max_length, way)
         self._session = _open_session(parts, self.file, provider)
         self._inputs = [node.name for node in self._session.get_inputs()]
         self._output = self._session.get_outputs()[0].name
 
+    def _encodings(self, text: Text) -> list[Encoding]:
+        """The text, or the pieces in which the model reads it."""
+        if isinstance(text, tuple):
+            return [self._tokenizer.encode(*text)]
+        encoding = self._tokenizer.encode(text)
+        if self._reader and encoding.overflowing:
+            return list(map(self._tokenizer.encode, self._reader.pieces(text)))
+        return [encoding]
+
     def outputs(self, text: Text) -> list[NDArray[Any]]:
-        """All outputs of the graph for one text, as a batch of one; the first are the logits."""
-        encoding = self._tokenizer.encode(*text) if isinstance(text, tuple) else self._tokenizer.encode(text)
+        """All outputs of the graph for one text, as a batch of one; the first are the logits.
+
+        Of a text that is read in windows, those for the first.
+        """
+        return self._run(self._encodings(text)[0])
+
+    def _run(self, encoding: Encoding) -> list[NDArray[Any]]:
         columns = {
             "input_ids": encoding.ids,
             "attention_mask": encoding.attention_mask,
@@ -97,7 +114,8 @@ class Engine:
 
     def logits(self, text: Text) -> NDArray[np.float32]:
         """Logits of one text, shape (classes,)."""
-        return np.asarray(self.outputs(text)[0][0], dtype=np.float32)
+        found = [np.asarray(self._run(piece)[0][0], dtype=np.float32) for piece in self._encodings(text)]
+        return found[0] if len(found) == 1 else pooled(np.stack(found), np.zeros(len(found), dtype=int))[0]
 
     def batched_logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
         """Logits of n > 0 texts, shape (n, classes), in batches of similar length, the longest first.
@@ -109,6 +127,11 @@ class Engine:
 
     def _block_logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
         encodings = self._tokenizer.encode_batch(list(texts))
+        owners = list(range(len(texts)))
+        if self._reader:
+            pieces = [self._encodings(text) for text in texts]
+            owners = [owner for owner, own in enumerate(pieces) for _ in own]
+            encodings = [piece for own in pieces for piece in own]
         lengths = np.array([self._rounded(len(encoding.ids)) for encoding in encodings], dtype=np.int64)
         found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
         for rows in _batches(lengths):
@@ -120,10 +143,10 @@ class Engine:
             binding.bind_output(self._output, self.provider)
             self._session.run_with_iobinding(binding)
             found.append((rows, np.asarray(binding.copy_outputs_to_cpu()[0], dtype=np.float32)))
-        logits = np.empty((len(texts), found[0][1].shape[1]), dtype=np.float32)
+        logits = np.empty((len(encodings), found[0][1].shape[1]), dtype=np.float32)
         for rows, part in found:
             logits[rows] = part
-        return logits
+        return pooled(logits, owners)
 
     def _rounded(self, length: int) -> int:
         """Tokens that a text takes with its padding, never more than the model has positions for."""

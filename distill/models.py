@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from distill.decision import SINGLE_LABEL
+from distill.encoding import Text, encode, read_long_texts
 from distill.errors import DistillError
 from distill.first_token import first_token_only
-from distill.sources import parts_of
+from distill.long_texts import HEAD, pooled
 
 logger = logging.getLogger(__name__)
 transformers.utils.logging.set_verbosity_error()
@@ -159,8 +160,11 @@ def load_model(
         )
 
 
-def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model") -> Any:
-    """Load a fast tokenizer that truncates at `max_length` tokens, or at the model's own limit."""
+def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model", long_texts: str = HEAD) -> Any:
+    """Load a fast tokenizer that truncates at `max_length` tokens, or at the model's own limit.
+
+    `encode` reads what is longer as `long_texts` says: "head", "head-tail" or "windows".
+    """
     with loading(checkpoint, option):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, use_fast=True, trust_remote_code=False)
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
@@ -183,7 +187,7 @@ def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model") ->
         offset = (config.pad_token_id or 0) + 1 if config.model_type in OFFSET_POSITIONS else 0
         limits.append(positions - offset)
     tokenizer.model_max_length = int(min(limits))
-    return tokenizer
+    return read_long_texts(tokenizer, long_texts)
 
 
 OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}
@@ -224,8 +228,37 @@ def batched_logits(
     return logits
 
 
+def text_logits(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    device: str,
+    precision: str,
+    batch_tokens: int | None = None,
+) -> NDArray[np.float32]:
+    """Logits of n texts, shape (n, classes); the other arguments are those of `batched_logits`."""
+    encoded = encode(texts, tokenizer)
+    columns = {name: encoded.columns[name] for name in tokenizer.model_input_names if name in encoded.columns}
+    for row, length in enumerate(encoded.lengths):
+        if not length:  # the empty text, where a tokenizer adds nothing at the ends
+            for name, values in columns.items():
+                values[row] = [{"input_ids": tokenizer.pad_token_id, "attention_mask": 1}.get(name, 0)]
+    lengths = np.array([max(1, length) for length in encoded.lengths])
+
+    def inputs(rows: NDArray[np.int64]) -> dict[str, Any]:
+        return {name: [values[row] for row in rows] for name, values in columns.items()}
+
+    logits = batched_logits(model, tokenizer, inputs, lengths, device, precision, batch_tokens)
+    return pooled(logits, encoded.owners)
+
+
 def open_pytorch(
-    folder: Path, labels: list[str], max_length: int, option: str, threads: int | None = None
+    folder: Path,
+    labels: list[str],
+    max_length: int,
+    long_texts: str,
+    option: str,
+    threads: int | None = None,
 ) -> tuple[Callable[[Any], Any], Callable[[list[Any]], NDArray[np.float32]]]:
     """Open a stage's model on the CPU in fp32, as functions of one text, on one thread, and of many.
 
@@ -233,27 +266,23 @@ def open_pytorch(
         folder: of `distill train-teacher` or `distill train-student`.
         labels: label names.
         max_length: longest text, in tokens.
+        long_texts: how longer ones are read.
         option: the option that named the folder, for error messages.
         threads: for many texts; the number of cores when left out.
     """
     model = load_model(str(folder), labels, option).eval()
-    tokenizer = load_tokenizer(str(folder), max_length, option)
+    tokenizer = load_tokenizer(str(folder), max_length, option, long_texts)
     cores = threads or torch.get_num_threads()
 
     def one(text: Any) -> Any:
         torch.set_num_threads(1)
-        with torch.inference_mode():
-            return model(**tokenizer(*parts_of(text), truncation=True, return_tensors="pt")).logits
+        columns = encode([text], tokenizer).columns
+        with torch.inference_mode():  # its pieces, if it has several, are of one length, or nearly so
+            return model(**tokenizer.pad(columns, return_tensors="pt")).logits.mean(dim=0, keepdim=True)
 
     def many(texts: list[Any]) -> NDArray[np.float32]:
         torch.set_num_threads(cores)
-        columns = tokenizer(*map(list, zip(*map(parts_of, texts), strict=True)), truncation=True)
-        lengths = np.array([len(ids) for ids in columns["input_ids"]])
-
-        def inputs(rows: NDArray[np.int64]) -> dict[str, Any]:
-            return {name: [values[row] for row in rows] for name, values in columns.items()}
-
-        return batched_logits(model, tokenizer, inputs, lengths, "cpu", "fp32")
+        return text_logits(model, tokenizer, texts, "cpu", "fp32")
 
     return one, many
 

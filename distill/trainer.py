@@ -11,6 +11,9 @@ from datasets import Dataset
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from distill.encoding import encode, way_of
+from distill.long_texts import WINDOWS
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,22 +38,31 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
 def tokenize(dataset: Dataset, tokenizer: Any, file: Path | None = None) -> Dataset:
     """Add token ids (truncated, not padded), `length` in tokens and whether a text was `cut`; its columns go.
 
+    A text that is read in windows becomes as many rows, with its label; `document` is its own row.
+
     Args:
         dataset: with `text` and perhaps `text_pair`; other columns, such as `teacher_logits`, stay.
         tokenizer: a fast one.
         file: where to keep the rows, memory-mapped from then on; one that is there is taken as it is.
     """
-    pairs = "text_pair" in dataset.column_names
+    windows = way_of(tokenizer) == WINDOWS
+    pair = ["text_pair"] if "text_pair" in dataset.column_names else []
 
-    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        encoded = tokenizer(batch["text"], batch["text_pair"] if pairs else None, truncation=True)
-        cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
-        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]], "cut": cut}
+    def rows(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, Any]:
+        texts = list(zip(batch["text"], batch["text_pair"], strict=True)) if pair else batch["text"]
+        encoded = encode(texts, tokenizer)
+        found = {**encoded.columns, "length": encoded.lengths, "cut": encoded.cut}
+        if windows:
+            repeated = [name for name in batch if name not in ("id", "text")]
+            found |= {name: [batch[name][owner] for owner in encoded.owners] for name in repeated}
+            found["document"] = [numbers[owner] for owner in encoded.owners]
+        return found
 
     return dataset.map(
-        encode,
+        rows,
         batched=True,
-        remove_columns=["id", "text", *(["text_pair"] if pairs else [])],
+        with_indices=True,
+        remove_columns=dataset.column_names if windows else ["id", "text", *pair],
         cache_file_name=str(file) if file else None,
     )
 
@@ -72,6 +84,8 @@ class Collator:
             batch["teacher_logits"] = torch.tensor(
                 [row["teacher_logits"] for row in rows], dtype=torch.float32
             )
+        if "document" in rows[0]:
+            batch["document"] = torch.tensor([row["document"] for row in rows])
         return batch
 
 
@@ -101,7 +115,7 @@ def _keep_tables_at_32_bits(model: Any) -> None:
             manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 
-BEYOND_THE_MODEL = ("labels", "teacher_logits")
+BEYOND_THE_MODEL = ("labels", "teacher_logits", "document")
 
 
 class LossTrainer(Trainer):

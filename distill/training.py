@@ -17,8 +17,10 @@ from distill import processes
 from distill.arguments import TrainingOptions, training_arguments
 from distill.callbacks import ProgressCallback, SaveInTime, Watch, being_watched
 from distill.decision import fit_answers
+from distill.encoding import way_of
 from distill.errors import DistillError
 from distill.first_token import first_token_only
+from distill.long_texts import HEAD, pooled
 from distill.memory import Plan, available, measure, plan, smaller
 from distill.metrics import score
 from distill.models import batched_logits, choose_device, choose_precision
@@ -84,21 +86,19 @@ def fit(
     if options.freeze_embeddings:
         model.get_input_embeddings().weight.requires_grad_(False)
 
-    def evaluate(prediction: Any) -> dict[str, float]:
-        labels, logits = labels_array(prediction.label_ids), prediction.predictions
-        return score(labels, fit_answers(logits, labels), classes).summary()
+    in_windows = "document" in validation.column_names
 
     def attempt(cut: Plan, resume_from: str | None) -> LossTrainer | None:
         """Train; None where memory was too short."""
         progress = ProgressCallback(title)
         trainer = LossTrainer(
             model=model,
-            args=training_arguments(options, cut, precision, device, len(train)),
+            args=training_arguments(options, cut, precision, device, len(train), in_windows),
             train_dataset=train,
             eval_dataset=validation,
             processing_class=tokenizer,
             data_collator=Collator(tokenizer),
-            compute_metrics=evaluate,
+            compute_metrics=_scorer(classes, in_windows),
             callbacks=[progress, SaveInTime(), Watch(), EarlyStoppingCallback(options.patience)],
             loss=loss,
             head_learning_rate=options.head_learning_rate,
@@ -136,13 +136,28 @@ def fit(
     return Trained(trainer.model, device, precision, best, cut, truncated)
 
 
+def _scorer(classes: int, in_windows: bool) -> Callable[[Any], dict[str, float]]:
+    """What scores the Trainer's predictions; of texts in windows, the logits of each text's are averaged."""
+
+    def scores(prediction: Any) -> dict[str, float]:
+        labels, logits = prediction.label_ids, prediction.predictions
+        if in_windows:
+            labels, documents = labels
+            labels, logits = labels[np.unique(documents, return_index=True)[1]], pooled(logits, documents)
+        labels = labels_array(labels)
+        return score(labels, fit_answers(logits, labels), classes).summary()
+
+    return scores
+
+
 def _tell_truncated(train: Dataset, tokenizer: Any, title: str) -> float:
     """The share of texts that are longer than the model reads, told where it is more than a few."""
     share = float(np.mean(train["cut"]))
     if share >= TOLD_TRUNCATED:
         logger.warning(
-            "%s: %.1f %% of the texts are longer than %d tokens, and their ends are not read; --max-length "
-            "reads more, as far as the model can", title, 100 * share, tokenizer.model_max_length,
+            "%s: %.1f %% of the texts are longer than %d tokens, and their %s are not read; --max-length "
+            "reads more, as far as the model can, and --long-texts other parts, or all", title, 100 * share,
+            tokenizer.model_max_length, "ends" if way_of(tokenizer) == HEAD else "middles",
         )  # fmt: skip
     return share
 
@@ -231,6 +246,8 @@ def predict_logits(
         )
         lengths = np.asarray(encoded["length"])
         own = batched_logits(model, tokenizer, inputs.__getitem__, lengths, device, precision)
+        if "document" in encoded.column_names:
+            own = pooled(own, np.asarray(encoded["document"]))
     for number, part in enumerate(processes.gather(own)):
         logits[number::count] = part
     return logits

@@ -13,6 +13,7 @@ from distill.artifact import Manifest, manifest_hash, read_manifest
 from distill.calibration import fit_decision
 from distill.decision import Decision, Labels
 from distill.errors import DistillError
+from distill.long_texts import HEAD
 from distill.predictions import Predictions, read_predictions
 
 STAGES = ("train-teacher", "train-student", "export")
@@ -32,6 +33,7 @@ class Version:
         validation: its saved answers on validation text.
         test: its saved answers on test text.
         decision: what its logits mean; fitted on validation text.
+        long_texts: how texts longer than that are read.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Version:
     validation: Predictions
     test: Predictions
     decision: Decision
+    long_texts: str = HEAD
 
     @property
     def in_onnx(self) -> bool:
@@ -95,6 +98,7 @@ def read_stage(folder: Path, stage: str, option: str) -> tuple[list[Version], Ma
                 held_out,
                 answers,
                 decision,
+                manifest.long_texts,
             )
         )
     return versions, manifest
@@ -148,7 +152,7 @@ def _open_pytorch(version: Version, labels: list[str]) -> tuple[Any, Any]:
 
     option = f"--{version.name}"
     model = load_model(str(version.folder), labels, option).eval()
-    return model, load_tokenizer(str(version.folder), version.max_length, option)
+    return model, load_tokenizer(str(version.folder), version.max_length, option, version.long_texts)
 
 
 def open_for_latency(version: Version, labels: list[str]) -> Callable[[Any], object]:
@@ -158,7 +162,8 @@ def open_for_latency(version: Version, labels: list[str]) -> Callable[[Any], obj
 
     if version.in_onnx:
         return Classifier(version.folder, provider="cpu", file=version.file, threads=1).logits
-    return open_pytorch(version.folder, labels, version.max_length, f"--{version.name}")[0]
+    option = f"--{version.name}"
+    return open_pytorch(version.folder, labels, version.max_length, version.long_texts, option)[0]
 
 
 def open_for_explanation(
@@ -169,7 +174,7 @@ def open_for_explanation(
     Exported versions run in ONNX Runtime, one text at a time on every core; the others in PyTorch, in batches
     of similar length and in the fastest precision that the device computes natively.
     """
-    from distill.models import batched_logits, choose_device, choose_precision
+    from distill.models import choose_device, choose_precision, text_logits
     from distill.runtime import Classifier
 
     if version.in_onnx:
@@ -184,22 +189,8 @@ def open_for_explanation(
     batch_tokens = 512 if device == "cpu" else None
 
     def probabilities(texts: Sequence[Text]) -> NDArray[np.float64]:
-        pairs = [text for text in texts if isinstance(text, tuple)]
-        if pairs:
-            encoded = tokenizer([a for a, _ in pairs], [b for _, b in pairs], truncation=True)
-        else:
-            encoded = tokenizer(list(texts), truncation=True)
-        columns = {name: encoded[name] for name in tokenizer.model_input_names if name in encoded}
-        for row, ids in enumerate(encoded["input_ids"]):
-            if not ids:  # the empty text, where a tokenizer adds nothing at the ends
-                for name, values in columns.items():
-                    values[row] = [{"input_ids": tokenizer.pad_token_id, "attention_mask": 1}.get(name, 0)]
-        lengths = np.array([len(ids) for ids in encoded["input_ids"]])
-
-        def inputs(rows: NDArray[np.int64]) -> dict[str, Any]:
-            return {name: [values[row] for row in rows] for name, values in columns.items()}
-
-        logits = batched_logits(model, tokenizer, inputs, lengths, device, precision, batch_tokens)
-        return version.decision.probabilities(logits)
+        return version.decision.probabilities(
+            text_logits(model, tokenizer, texts, device, precision, batch_tokens)
+        )
 
     return probabilities

@@ -78,6 +78,7 @@ class Subject:
         file: with its weights, relative to the folder.
         provider: "cpu" or "cuda" for ONNX Runtime, "pytorch" otherwise.
         max_length: longest text, in tokens.
+        long_texts: how longer ones are read.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Subject:
     file: str
     provider: str
     max_length: int
+    long_texts: str
 
     @property
     def size(self) -> int:
@@ -102,7 +104,8 @@ class Subject:
             return one.logits, many.predict_logits
         from distill.models import open_pytorch
 
-        return open_pytorch(self.folder, labels, self.max_length, f"--{self.name}", threads)
+        option = f"--{self.name}"
+        return open_pytorch(self.folder, labels, self.max_length, self.long_texts, option, threads)
 
 
 def subjects(options: BenchmarkOptions) -> list[Subject]:
@@ -124,7 +127,8 @@ def subjects(options: BenchmarkOptions) -> list[Subject]:
                 f"--{name} {folder}: {child} was not made from the one of now; name the right folder, or one "
                 "that does not exist to leave it out"
             )
-        found.insert(0, Subject(name, folder, "model.safetensors", "pytorch", stage.max_length))
+        how = (stage.max_length, stage.long_texts)
+        found.insert(0, Subject(name, folder, "model.safetensors", "pytorch", *how))
         child, made_of = folder, stage.parents[0]["manifest_sha256"] if stage.parents else ""
     files: dict[str, str] = {"onnx-fp32": manifest.details["files"]["fp32"]}
     if options.provider == "cpu":
@@ -135,7 +139,8 @@ def subjects(options: BenchmarkOptions) -> list[Subject]:
     seen: set[str] = set()
     for name, file in files.items():
         if file not in seen:  # without --int8, both are the same file
-            found.append(Subject(name, options.export, file, options.provider, manifest.max_length))
+            how = (manifest.max_length, manifest.long_texts)
+            found.append(Subject(name, options.export, file, options.provider, *how))
             seen.add(file)
     return found
 

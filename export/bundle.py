@@ -22,6 +22,7 @@ from distill.data import Data, reload_data
 from distill.decision import MULTI_LABEL, Decision
 from distill.errors import DistillError
 from distill.latency import cpu_name
+from distill.long_texts import HEAD
 from distill.metrics import score
 from distill.models import load_model, load_tokenizer
 from distill.predictions import EVALUATED, write_predictions
@@ -84,6 +85,7 @@ def export_student(options: ExportOptions) -> Manifest:
         max_length=student.max_length,
         parameters=student.parameters,
         problem_type=student.problem_type,
+        long_texts=student.long_texts,
         details={"files": {"fp32": FP32, "cpu": FP32, "cuda": FP32}},
     )
     with publish(options.output, manifest, options.overwrite) as folder, TemporaryDirectory() as scratch:
@@ -101,7 +103,7 @@ def _fill(folder: Path, exported: Path, options: ExportOptions, manifest: Manife
             shutil.copy(path, folder / "onnx" / path.name)
     else:
         manifest.details["first_token_only"] = shorten(exported, folder / FP32)
-    tokenizer = load_tokenizer(str(options.student), manifest.max_length, "--student")
+    tokenizer = load_tokenizer(str(options.student), manifest.max_length, "--student", manifest.long_texts)
     tokenizer.save_pretrained(folder)
     shutil.copy(options.student / "config.json", folder / "config.json")
     for path in folder.iterdir():
@@ -191,6 +193,11 @@ def _model_card(manifest: Manifest) -> str:
     several = ""
     if manifest.problem_type == MULTI_LABEL:
         several = " A text has any number of them: those whose logit reaches its threshold in `distill.json`."
+    if manifest.long_texts != HEAD:
+        several += (
+            f"\n\nOf texts longer than {manifest.max_length} tokens `Classifier` reads more than the "
+            f"beginning ({manifest.long_texts}); other runtimes read that alone, and answer differently."
+        )
     return f"""---
 pipeline_tag: text-classification
 library_name: onnx

@@ -11,6 +11,7 @@ from distill.export.quantization import Setting, quantize
 
 from distill.artifact import Manifest
 from distill.bundle import MANIFEST, open_bundle
+from distill.encoding import way_of
 from distill.latency import cpu_has_vnni
 from distill.runtime import Classifier
 
@@ -46,6 +47,7 @@ def open_candidate(model: Any, tokenizer: Any, labels: list[str], folder: Path) 
         seed=0,
         data={},
         max_length=tokenizer.model_max_length,
+        long_texts=way_of(tokenizer),
         details={"files": {"cpu": INT8}},
     )
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest)))

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Value, concatenate_datasets
@@ -11,7 +12,9 @@ from distill.student.losses import UNLABELED
 from numpy.typing import NDArray
 
 from distill.data import load_unlabeled, texts_of
+from distill.encoding import reader_of
 from distill.errors import DistillError
+from distill.long_texts import WINDOWS
 from distill.sources import Columns, parts_of, text_id
 
 logger = logging.getLogger(__name__)
@@ -70,6 +73,25 @@ def _rows(
     for text in augment(texts, budget, seed, held_out, similar):
         parts = parts_of(text)
         yield {"id": text_id(*parts), **dict(zip(("text", "text_pair"), parts, strict=False))}
+
+
+def in_windows(dataset: Dataset, tokenizer: Any) -> Dataset:
+    """The windows in which the student reads each text, as texts of their own; all else as it is.
+
+    The teacher labels each, so that the student learns what is in it, and not what is elsewhere in its text.
+    """
+    reader = reader_of(tokenizer)
+    if reader is None or reader.way != WINDOWS:
+        return dataset
+
+    def windows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        pieces = [reader.pieces(text) for text in batch["text"]]
+        owners = [owner for owner, own in enumerate(pieces) for _ in own]
+        texts = [piece for own in pieces for piece in own]
+        rest = {name: [values[owner] for owner in owners] for name, values in batch.items()}
+        return {**rest, "text": texts, "id": list(map(text_id, texts))}
+
+    return dataset.map(windows, batched=True)
 
 
 def with_soft_labels(labelled: Dataset, unlabeled: list[Dataset], logits: NDArray[np.float32]) -> Dataset:

@@ -64,11 +64,13 @@ def _write(folder: Path, ids: NDArray[np.str_], logits: NDArray[np.float32]) -> 
 class Labeller:
     """A worker of Ray: the teacher, which labels rows with id, text and perhaps text_pair."""
 
-    def __init__(self, teacher: str, labels: list[str], max_length: int, device: str, precision: str) -> None:
+    def __init__(
+        self, teacher: str, labels: list[str], max_length: int, long_texts: str, device: str, precision: str
+    ) -> None:
         if device == "cpu":
             torch.set_num_threads(1)  # there is a worker for every core
         self._model = load_model(teacher, labels, "--teacher")
-        self._tokenizer = load_tokenizer(teacher, max_length, "--teacher")
+        self._tokenizer = load_tokenizer(teacher, max_length, "--teacher", long_texts)
         self._how = device, precision
 
     def __call__(self, rows: pyarrow.Table) -> pyarrow.Table:
@@ -99,7 +101,9 @@ def _label_with_ray(
         unfinished.rename(place / "texts")
     for name in ("logits", "notes"):
         (place / name).mkdir(exist_ok=True)
-    arguments = (str(teacher.resolve()), manifest.labels, manifest.max_length, *how)
+    arguments = (
+        str(teacher.resolve()), manifest.labels, manifest.max_length, manifest.long_texts, *how
+    )  # fmt: skip
     texts, logits, notes = (str(place / name) for name in ("texts", "logits", "notes"))
     map_parquet(texts, logits, notes, Labeller, arguments, ready, id_column="id")
     (place / DONE).touch()
@@ -159,7 +163,7 @@ def teacher_logits(
         once(partial(_label_with_ray, teacher, manifest, texts, folder, (device, precision), workers))
     elif len(missing):
         model = load_model(str(teacher), manifest.labels, "--teacher")
-        tokenizer = load_tokenizer(str(teacher), manifest.max_length, "--teacher")
+        tokenizer = load_tokenizer(str(teacher), manifest.max_length, "--teacher", manifest.long_texts)
         started = time.monotonic()
         for start in range(0, len(missing), CHUNK):
             rows = missing[start : start + CHUNK]

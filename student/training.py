@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from distill.student.architecture import cut_positions, keep_layers
 from distill.student.checks import budget_of, check_options
-from distill.student.corpus import augmented_text, unlabeled_text, with_soft_labels
+from distill.student.corpus import augmented_text, in_windows, unlabeled_text, with_soft_labels
 from distill.student.losses import distillation_loss, hard_label_loss
 from distill.student.neighbours import similar_words
 from distill.student.shape import Goal, choose_layers
@@ -26,6 +26,7 @@ from distill.artifact import Manifest, manifest_hash, publish, read_manifest, ve
 from distill.calibration import fit_temperature
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, recorded_recipe, refuse_unfinished
 from distill.data import Data, reload_data, texts_of
+from distill.encoding import way_of
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, read_predictions, score_splits, write_predictions
 from distill.processes import ahead, count, join, once
@@ -64,7 +65,8 @@ class StudentOptions(TrainingOptions):
 def _build(options: StudentOptions, teacher: Manifest, texts: Sequence[Any]) -> tuple[Any, Any]:
     """Load the student's checkpoint, with fewer layers if asked, and its tokenizer; `texts` are to time."""
     checkpoint = options.student or str(teacher.options["model"])
-    tokenizer = load_tokenizer(checkpoint, min(options.max_length, teacher.max_length), "--student")
+    length = min(options.max_length, teacher.max_length)
+    tokenizer = load_tokenizer(checkpoint, length, "--student", teacher.long_texts)
     set_seed(options.seed)
     model = load_model(
         checkpoint, teacher.labels, "--student", options.dropout, problem_type=teacher.problem_type
@@ -153,12 +155,13 @@ def _fit(options: StudentOptions) -> _Fitted:
         before = len(tokenizer)
         tokenizer = trim_vocabulary(model, tokenizer, texts_of(corpus), options.vocabulary or None)
         logger.info("Vocabulary: %d of %d tokens", len(tokenizer), before)
-    rows, temperature = data.splits["train"], _teacher_temperature(options.teacher)
+    rows, *unlabeled = (in_windows(part, tokenizer) for part in (data.splits["train"], *unlabeled))
+    temperature = _teacher_temperature(options.teacher)
     if options.alpha:
         logits = teacher_logits(
             options.teacher,
             teacher,
-            corpus,
+            concatenate_datasets([rows.remove_columns("label"), *unlabeled]),
             options.device,
             options.precision,
             options.engine,
@@ -207,6 +210,7 @@ def train_student(options: StudentOptions) -> Manifest:
         parents=[{"path": str(options.teacher), "manifest_sha256": fitted.parent}],
         metrics=score_splits(data.splits, predictions, len(data.labels)),
         problem_type=data.problem_type,
+        long_texts=way_of(tokenizer),
         max_length=tokenizer.model_max_length,
         parameters=count_parameters(trained.model),
         device=trained.device,

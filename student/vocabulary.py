@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from distill.encoding import read_long_texts, way_of
 from distill.errors import DistillError
 from distill.models import OFFSET_POSITIONS
 
@@ -179,7 +180,8 @@ def _rebuilt(tokenizer: Any, content: dict[str, Any], place: dict[int, int]) -> 
         added = settings.get("added_tokens_decoder", {})
         settings["added_tokens_decoder"] = {str(place[int(old)]): token for old, token in added.items()}
         path.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
-        return type(tokenizer).from_pretrained(folder, model_max_length=tokenizer.model_max_length)
+        rebuilt = type(tokenizer).from_pretrained(folder, model_max_length=tokenizer.model_max_length)
+    return read_long_texts(rebuilt, way_of(tokenizer))
 
 
 def _trim_embeddings(model: Any, kept: Sequence[int], place: dict[int, int]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from distill.long_texts import HEAD, WAYS
 from distill.options import (
     POSITIVE,
     column_options,
@@ -35,6 +36,13 @@ from distill.options import (
     type=click.IntRange(min=2),
     help="Also train this many teachers, each to label, for students, the part of the training text that it "
     "has not seen; and cross-validate.",
+)
+@click.option(
+    "--long-texts",
+    type=click.Choice(WAYS),
+    default=HEAD,
+    help="What is read of texts longer than --max-length: their beginning, a quarter from there and the rest "
+    "from the end, or all of it, in windows whose logits are averaged.",
 )
 @click.option("--lora", is_flag=True, help="Train adapters beside frozen weights, and merge them.")
 @click.option("--qlora", is_flag=True, help="The same, with the frozen weights in 4 bits.")

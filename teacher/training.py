@@ -20,6 +20,7 @@ from distill.artifact import Manifest, publish
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, refuse_unfinished
 from distill.data import Data, load_data
 from distill.errors import DistillError
+from distill.long_texts import HEAD, WAYS, WINDOWS
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.predictions import EVALUATED, UNSEEN, labels_of, score_splits, write_predictions
 from distill.processes import ahead, count, join, once
@@ -48,6 +49,8 @@ class TeacherOptions(TrainingOptions):
     qlora: bool = False
     """The same, with the rest in 4 bits."""
     lora_rank: int = 16
+    long_texts: str = HEAD
+    """How texts of more than `max_length` tokens are read: "head", "head-tail" or "windows"."""
 
 
 def _build(options: TeacherOptions, data: Data) -> Any:
@@ -85,7 +88,7 @@ def tune_teacher(**options: Any) -> float:
 
 def _fit(options: TeacherOptions, data: Data) -> tuple[Trained, Any]:
     """Train on data; the test split is not looked at. The model, merged, and its tokenizer."""
-    tokenizer = load_tokenizer(options.model, options.max_length)
+    tokenizer = load_tokenizer(options.model, options.max_length, "--model", options.long_texts)
     set_seed(options.seed)  # a new head is drawn at random
     model = _build(options, data)
     recipe = {**options.recipe(), "data_fingerprint": data.fingerprint}
@@ -114,6 +117,13 @@ def _fold(options: TeacherOptions, data: Data, held_out: Dataset) -> NDArray[np.
 
 
 def _check(options: TeacherOptions) -> None:
+    way = f"--long-texts {options.long_texts}"
+    if options.long_texts not in WAYS:
+        raise DistillError(f"{way}: unknown; use {', '.join(WAYS)}")
+    if options.long_texts != HEAD and options.columns.text_pair:
+        raise DistillError(f"{way}: not for pairs of texts; leave it out")
+    if options.long_texts == WINDOWS and options.folds:
+        raise DistillError(f"{way}: not with --folds, which label whole texts; leave one of them out")
     if not 0 <= options.label_smoothing < 1:
         raise DistillError(f"--label-smoothing {options.label_smoothing}: must be at least 0 and below 1")
     if options.qlora:
@@ -152,6 +162,7 @@ def train_teacher(options: TeacherOptions) -> Manifest:
         data=data.manifest(),
         metrics=score_splits(data.splits, logits, len(data.labels)),
         problem_type=data.problem_type,
+        long_texts=options.long_texts,
         max_length=tokenizer.model_max_length,
         parameters=count_parameters(trained.model),
         device=trained.device,
