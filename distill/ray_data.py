@@ -18,8 +18,10 @@ from distill.runtime import cores
 
 logger = logging.getLogger(__name__)
 BATCH = 1024  # rows
+PARTS = 16  # that each worker does of the rows, so that none is idle for long at the end; one file each
+SMALLEST_PART, LARGEST_PART = BATCH, 64 * BATCH  # rows
 ROW_HASH = "row_hash"  # Ray's name of a row: of its file and its place there
-SPARE = 2  # cores that Ray can book beside the workers'
+SPARE = 4  # cores that Ray can book beside the workers'
 BOOKED = 0.5  # cores by a worker, and to read and to write
 
 
@@ -80,8 +82,8 @@ def start_ray(on_gpu: bool, workers: int | None) -> Workers:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are about Ray's own workings
     warnings.filterwarnings("ignore", module="ray")
     if not ray.is_initialized():
-        # On one machine Ray gets more cores to book than there are: passing over what is done takes one, and
-        # with all of them booked the run would stand still.
+        # On one machine Ray gets more cores to book than there are: passing over what is done takes one,
+        # cutting the rows into parts another, and with all of them booked the run would stand still.
         here = None if os.environ.get("RAY_ADDRESS") else cores() + SPARE
         ray.init(num_cpus=here, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is raised, too
@@ -131,6 +133,9 @@ def map_parquet(
     )
     try:
         rows = ray.data.read_parquet(source, include_row_hash=id_column == ROW_HASH, num_cpus=BOOKED)
+        # Without this, Ray would make one part of small files: work for one worker, written at the very end.
+        part = open_parquet(source).count_rows() // (PARTS * workers.count)
+        rows = rows.repartition(target_num_rows_per_block=min(max(part, SMALLEST_PART), LARGEST_PART))
         mapped = rows.map_batches(
             worker,
             fn_constructor_args=arguments,
