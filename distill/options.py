@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -158,6 +159,22 @@ def training_options(epochs: float, learning_rate: float) -> Callable[[Callable]
         )
 
     return decorate
+
+
+def budget_of(augmentation: str, labelled: int) -> int:
+    """How many texts "10x" (for every labelled one) or "50000" asks for.
+
+    Raises:
+        DistillError: if it is neither.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)x|(\d+)", augmentation)
+    budget = match and (round(float(match[1]) * labelled) if match[1] else int(match[2]))
+    if not budget:
+        raise DistillError(
+            f"--augment {augmentation}: give how many texts to make, as 10x (ten for every training text) or "
+            "as 50000"
+        )
+    return budget
 
 
 def show_stage(manifest: "Manifest", output: Path, as_json: bool) -> None:

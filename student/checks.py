@@ -1,10 +1,10 @@
 """What is wrong with the options of a student whatever its teacher and data: told before torch is loaded."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from distill.errors import DistillError
+from distill.options import budget_of
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -31,19 +31,3 @@ def check_options(options: Mapping[str, Any]) -> None:
             )
     if options["augment"]:
         budget_of(options["augment"], 1000)
-
-
-def budget_of(augmentation: str, labelled: int) -> int:
-    """How many texts "10x" (for every labelled one) or "50000" asks for.
-
-    Raises:
-        DistillError: if it is neither.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)x|(\d+)", augmentation)
-    budget = match and (round(float(match[1]) * labelled) if match[1] else int(match[2]))
-    if not budget:
-        raise DistillError(
-            f"--augment {augmentation}: give how many texts to make, as 10x (ten for every training text) or "
-            "as 50000"
-        )
-    return budget

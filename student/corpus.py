@@ -1,21 +1,18 @@
 """What a student learns on: labelled text, and texts that only the teacher labels."""
 
 import logging
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Value, concatenate_datasets
-from distill.student.augmentation import Text, augment
+from datasets import Dataset, concatenate_datasets
 from distill.student.losses import UNLABELED
 from numpy.typing import NDArray
 
-from distill.data import load_unlabeled, texts_of
+from distill.data import load_unlabeled
 from distill.encoding import reader_of
 from distill.errors import DistillError
 from distill.long_texts import WINDOWS
-from distill.sources import Columns, parts_of, text_id
+from distill.sources import Columns, text_id
 
 logger = logging.getLogger(__name__)
 
@@ -31,48 +28,6 @@ def unlabeled_text(source: str, columns: Columns, held_out: set[str]) -> Dataset
             f"--unlabeled {source}: every text is also in validation or test; give other texts"
         )
     return dataset.select(kept)
-
-
-def augmented_text(
-    corpus: Dataset,
-    budget: int,
-    seed: int,
-    held_out: set[str],
-    similar: dict[str, tuple[str, ...]],
-    folder: Path,
-) -> Dataset:
-    """Make `budget` texts out of a corpus, on disk in `folder`: columns id, text (and text_pair).
-
-    The other arguments are those of `augment`.
-    """
-    # A tuple: datasets would give the items of a list to one call each.
-    texts = tuple(texts_of(corpus))
-    arguments = {"texts": texts, "budget": budget, "seed": seed, "held_out": held_out, "similar": similar}
-    names = [name for name in corpus.column_names if name in ("id", "text", "text_pair")]
-    try:
-        dataset = Dataset.from_generator(
-            _rows,
-            features=Features({name: Value("string") for name in names}),
-            gen_kwargs=arguments,
-            cache_dir=str(folder),
-        )
-    except ValueError as error:  # that is how datasets takes a generator without rows
-        raise DistillError(
-            f"--augment: nothing new can be made of these {len(texts)} texts; leave it out, or give more text"
-        ) from error
-    if len(dataset) < budget:
-        logger.warning(
-            "  augmented: %d texts, not %d: the corpus is too small for more", len(dataset), budget
-        )
-    return dataset
-
-
-def _rows(
-    texts: tuple[Text, ...], budget: int, seed: int, held_out: set[str], similar: dict[str, tuple[str, ...]]
-) -> Iterator[dict[str, str]]:
-    for text in augment(texts, budget, seed, held_out, similar):
-        parts = parts_of(text)
-        yield {"id": text_id(*parts), **dict(zip(("text", "text_pair"), parts, strict=False))}
 
 
 def in_windows(dataset: Dataset, tokenizer: Any) -> Dataset:

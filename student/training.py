@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from distill.student.architecture import cut_positions, keep_layers
-from distill.student.checks import budget_of, check_options
-from distill.student.corpus import augmented_text, in_windows, unlabeled_text, with_soft_labels
+from distill.student.checks import check_options
+from distill.student.corpus import in_windows, unlabeled_text, with_soft_labels
 from distill.student.losses import distillation_loss, hard_label_loss
 from distill.student.neighbours import similar_words
 from distill.student.shape import Goal, choose_layers
@@ -23,11 +23,13 @@ from transformers import set_seed
 
 from distill.arguments import TrainingOptions
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
+from distill.augmentation import augmented
 from distill.calibration import fit_temperature
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, recorded_recipe, refuse_unfinished
 from distill.data import Data, reload_data, texts_of
 from distill.encoding import way_of
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
+from distill.options import budget_of
 from distill.predictions import EVALUATED, read_predictions, score_splits, write_predictions
 from distill.processes import ahead, count, join, once
 from distill.sources import Columns, parts_of
@@ -148,7 +150,7 @@ def _fit(options: StudentOptions) -> _Fitted:
         # Of the split's seed, not of this run's: all students of a teacher share texts and soft labels.
         similar = _similar_words(options.teacher, teacher, corpus)
         folder = options.checkpoints / "augmented"
-        made = ahead(partial(augmented_text, corpus, budget, data.seed, held_out, similar, folder))
+        made = ahead(partial(augmented, corpus, budget, data.seed, held_out, folder, similar))
         corpus, unlabeled = concatenate_datasets([corpus, made]), [*unlabeled, made]
         extra["augmented"] = len(made)
     if options.vocabulary is not None:

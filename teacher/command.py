@@ -38,6 +38,12 @@ from distill.options import (
     "has not seen; and cross-validate.",
 )
 @click.option(
+    "--augment",
+    metavar="4x",
+    help="Make four texts for every training text, or a number of them, each out of texts with one label, "
+    "which it keeps: for few texts.",
+)
+@click.option(
     "--long-texts",
     type=click.Choice(WAYS),
     default=HEAD,

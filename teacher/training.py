@@ -4,11 +4,11 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from distill.teacher.adapters import add_adapters, check_four_bits, in_four_bits, merge_adapters
 from distill.teacher.folds import discard_folds, out_of_fold
 from distill.teacher.losses import balanced_weights, teacher_loss
@@ -17,11 +17,13 @@ from transformers import set_seed
 
 from distill.arguments import TrainingOptions
 from distill.artifact import Manifest, publish
+from distill.augmentation import augmented
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, refuse_unfinished
 from distill.data import Data, load_data
 from distill.errors import DistillError
 from distill.long_texts import HEAD, WAYS, WINDOWS
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
+from distill.options import budget_of
 from distill.predictions import EVALUATED, UNSEEN, labels_of, score_splits, write_predictions
 from distill.processes import ahead, count, join, once
 from distill.sources import Columns
@@ -49,6 +51,8 @@ class TeacherOptions(TrainingOptions):
     qlora: bool = False
     """The same, with the rest in 4 bits."""
     lora_rank: int = 16
+    augment: str | None = None
+    """How many texts to make of the training text, as "4x" or as a number."""
     long_texts: str = HEAD
     """How texts of more than `max_length` tokens are read: "head", "head-tail" or "windows"."""
 
@@ -83,11 +87,19 @@ def tune_teacher(**options: Any) -> float:
     """Train with options as the command line has them; macro-F1 on validation, and nothing is published."""
     checked = teacher_options(**options)
     _check(checked)
-    return _fit(checked, load_data(checked.data, checked.columns, checked.seed))[0].score
+    return _fit(checked, load_data(checked.data, checked.columns, checked.seed)).trained.score
 
 
-def _fit(options: TeacherOptions, data: Data) -> tuple[Trained, Any]:
-    """Train on data; the test split is not looked at. The model, merged, and its tokenizer."""
+class _Fitted(NamedTuple):
+    """The model, merged; its tokenizer; and how many texts were made to train it on."""
+
+    trained: Trained
+    tokenizer: Any
+    augmented: int
+
+
+def _fit(options: TeacherOptions, data: Data) -> _Fitted:
+    """Train on data; the test split is not looked at."""
     tokenizer = load_tokenizer(options.model, options.max_length, "--model", options.long_texts)
     set_seed(options.seed)  # a new head is drawn at random
     model = _build(options, data)
@@ -95,7 +107,8 @@ def _fit(options: TeacherOptions, data: Data) -> tuple[Trained, Any]:
     if count() > 1:
         recipe["processes"] = count()
     resume_from = once(partial(prepare_checkpoints, options, recipe, "train-teacher"))
-    train = tokenize(data.splits["train"], tokenizer)
+    made = [ahead(partial(_augmented, options, data))] if options.augment else []
+    train = tokenize(concatenate_datasets([data.splits["train"], *made]), tokenizer)
     weights = balanced_weights(labels_of(train), len(data.labels)) if options.class_weights else None
     validation = tokenize(data.splits["validation"], tokenizer)
 
@@ -105,12 +118,19 @@ def _fit(options: TeacherOptions, data: Data) -> tuple[Trained, Any]:
     trained = fit(model, tokenizer, train, validation, options, loss, "Teacher", resume_from)
     if options.lora or options.qlora:
         trained = replace(trained, model=merge_adapters(trained.model))
-    return trained, tokenizer
+    return _Fitted(trained, tokenizer, sum(map(len, made)))
+
+
+def _augmented(options: TeacherOptions, data: Data) -> Dataset:
+    train = data.splits["train"]
+    held_out = {text_id for split in EVALUATED for text_id in data.splits[split]["id"]}
+    budget = budget_of(str(options.augment), len(train))
+    return augmented(train, budget, options.seed, held_out, options.checkpoints / "augmented")
 
 
 def _fold(options: TeacherOptions, data: Data, held_out: Dataset) -> NDArray[np.float32]:
     """Train a teacher on a part of the training text; logits of the rest."""
-    trained, tokenizer = _fit(options, data)
+    trained, tokenizer, _ = _fit(options, data)
     logits = predict_logits(trained.model, tokenizer, held_out, trained.device, trained.precision)
     once(partial(discard_checkpoints, options))
     return logits
@@ -126,6 +146,8 @@ def _check(options: TeacherOptions) -> None:
         raise DistillError(f"{way}: not with --folds, which label whole texts; leave one of them out")
     if not 0 <= options.label_smoothing < 1:
         raise DistillError(f"--label-smoothing {options.label_smoothing}: must be at least 0 and below 1")
+    if options.augment:
+        budget_of(options.augment, 1000)
     if options.qlora:
         check_four_bits()
     choose_precision(choose_device(options.device), options.precision)
@@ -149,7 +171,7 @@ def train_teacher(options: TeacherOptions) -> Manifest:
     if options.folds:
         unseen["train"], scores = out_of_fold(data, options.folds, options, _fold)
         details["fold_macro_f1"] = scores
-    trained, tokenizer = _fit(options, data)
+    trained, tokenizer, made = _fit(options, data)
     logits = {
         split: predict_logits(trained.model, tokenizer, data.splits[split], trained.device, trained.precision)
         for split in EVALUATED
@@ -159,7 +181,7 @@ def train_teacher(options: TeacherOptions) -> Manifest:
         labels=data.labels,
         options={k: str(v) if isinstance(v, Path) else v for k, v in options.recipe().items()},
         seed=options.seed,
-        data=data.manifest(),
+        data={**data.manifest(), "augmented": made},
         metrics=score_splits(data.splits, logits, len(data.labels)),
         problem_type=data.problem_type,
         long_texts=options.long_texts,

@@ -2,21 +2,22 @@ import random
 from itertools import pairwise
 
 import pytest
-from conftest import make_rows
-from distill.student.augmentation import (
+from conftest import FILLER, WORDS, make_rows, write_csv
+from distill.student.corpus import with_soft_labels
+from distill.student.losses import UNLABELED
+
+from distill import DistillError
+from distill.augmentation import (
     AUGMENTATIONS,
     Corpus,
     augment,
+    augmented,
     drop_words,
     mix_texts,
     replace_words,
     substitute_words,
 )
-from distill.student.checks import budget_of
-from distill.student.corpus import augmented_text, with_soft_labels
-from distill.student.losses import UNLABELED
-
-from distill import DistillError
+from distill.options import budget_of
 from distill.sources import text_id
 from distill.words import segments
 
@@ -144,7 +145,7 @@ def test_where_nothing_can_be_made_one_line_says_so(tmp_path):
     # Two words of one are the only text that can be made, and it is held out.
     held_out = {text_id("oneone")}
     with pytest.raises(DistillError, match="--augment: nothing new can be made of these 1 texts"):
-        augmented_text(corpus, 40, 0, held_out, {}, tmp_path)
+        augmented(corpus, 40, 0, held_out, tmp_path)
 
 
 def test_a_corpus_too_small_for_the_budget_gives_what_it_can():
@@ -163,12 +164,46 @@ def test_augmented_rows_have_ids_and_no_label(tmp_path):
     from datasets import Dataset
 
     corpus = Dataset.from_dict({"id": [text_id(text) for text in TEXTS], "text": TEXTS})
-    made = augmented_text(corpus, 40, 0, set(), {}, tmp_path)
+    made = augmented(corpus, 40, 0, set(), tmp_path)
     assert list(made["id"]) == [text_id(text) for text in made["text"]]
     rows = with_soft_labels(
         corpus.add_column("label", [1] * len(corpus)), [made], [[0.0, 1.0]] * (len(corpus) + 40)
     )
     assert list(rows["label"]) == [1] * len(corpus) + [UNLABELED] * 40
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_text_made_out_of_those_with_one_label_keeps_it(tmp_path, several):
+    from datasets import Dataset
+
+    names = sorted(WORDS)
+    rows = [(text, names.index(label)) for text, label in make_rows(90)]
+    texts, labels = zip(*rows, strict=True)
+    given = [[int(label == index) for index in range(3)] for label in labels] if several else labels
+    corpus = Dataset.from_dict({"id": list(map(text_id, texts)), "text": texts, "label": given})
+    made = augmented(corpus, 300, 0, {text_id(text) for text in texts[:5]}, tmp_path)
+    assert made.features == corpus.features
+    assert len(set(made["id"])) == len(made) == 300
+    assert not set(made["id"]) & set(corpus["id"])
+    for text, label in zip(made["text"], made["label"], strict=True):
+        own = names[label.index(1) if several else label]
+        assert set(text.split()) <= {*FILLER, *WORDS[own]}
+
+
+def test_a_teacher_learns_on_augmented_text_and_counts_it(tmp_path, checkpoint):
+    from distill.teacher.training import TeacherOptions
+
+    from distill import train_teacher
+
+    data = write_csv(tmp_path / "data.csv", make_rows(60))
+    options = TeacherOptions(
+        output=tmp_path / "t", data=str(data), model=str(checkpoint), augment="2x", folds=2, max_steps=2,
+        precision="fp32",
+    )  # fmt: skip
+    manifest = train_teacher(options)
+    assert manifest.data["augmented"] == 2 * manifest.data["rows"]["train"]
+    with pytest.raises(DistillError, match="--augment many: give how many"):
+        train_teacher(TeacherOptions(output=tmp_path / "u", data=str(data), model="x", augment="many"))
 
 
 def test_the_budget_is_a_number_or_a_multiple():

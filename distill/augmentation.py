@@ -1,18 +1,27 @@
-"""More text for the teacher to label, made from the training text.
+"""More text made from the training text: for a student's teacher to label, or with the labels kept.
 
 Its own training text shows a teacher at its most certain. Between those texts, and beside them, it says more
 about what it has learnt, and a student may ask as often as it likes: Tang et al. (2019), arXiv 1903.12136.
-An augmented text has no label of its own, so it need not be right or even readable.
+Such a text has no label of its own, so it need not be right or even readable. One that is made out of texts
+with one label alone keeps it, for a teacher that has few of them.
 """
 
+import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from datasets import Dataset, Features
+
+from distill.data import texts_of
+from distill.errors import DistillError
 from distill.sources import parts_of, text_id
 from distill.words import segments
 
+logger = logging.getLogger(__name__)
 Text = str | tuple[str, str]
 Words = list[str]
 DROP, SUBSTITUTE, REPLACE = 0.2, 0.3, 0.4  # share of the words
@@ -21,6 +30,7 @@ RARE = 0.001  # share of a word in the corpus up to which it is replaced as ofte
 GRAMMAR = 0.01  # share from which a word holds sentences together and replaces no other
 ATTEMPTS = 3  # a text wanted, before the corpus is held to be exhausted
 EDGE = ""
+TOLD_SHORT = 0.99  # of the texts that were asked for
 
 
 @dataclass
@@ -172,3 +182,69 @@ def _sample(pairs: list[tuple[str, ...]], generator: random.Random) -> list[list
         if count >= LARGEST_CORPUS:
             break
     return sample
+
+
+def augmented(
+    corpus: Dataset,
+    budget: int,
+    seed: int,
+    held_out: set[str],
+    folder: Path,
+    similar: Mapping[str, Sequence[str]] | None = None,
+) -> Dataset:
+    """Make `budget` texts out of a corpus, on disk in `folder`: its columns, in its order.
+
+    Args:
+        corpus: with id, text and perhaps text_pair. Where it has `label`, a text is made out of those with
+            one label, or set of labels, which it keeps; each gets its share of the budget.
+        budget: how many; fewer come, with a warning, if the corpus is too small.
+        seed: as for `augment`.
+        held_out: as for `augment`.
+        folder: for the rows, which are memory-mapped.
+        similar: as for `augment`.
+
+    Raises:
+        DistillError: if nothing can be made.
+    """
+    # Tuples: datasets would give the items of a list to one call each.
+    groups: dict[Any, list[Text]] = defaultdict(list)
+    labels = corpus["label"] if "label" in corpus.column_names else [None] * len(corpus)
+    for text, label in zip(texts_of(corpus), labels, strict=True):
+        groups[tuple(label) if isinstance(label, list) else label].append(text)
+    parts = tuple(
+        (label, tuple(texts), budget * len(texts) // len(corpus)) for label, texts in groups.items()
+    )
+    names = [name for name in corpus.column_names if name in ("id", "text", "text_pair", "label")]
+    try:
+        dataset = Dataset.from_generator(
+            _rows,
+            features=Features({name: corpus.features[name] for name in names}),
+            gen_kwargs={"parts": parts, "seed": seed, "held_out": held_out, "similar": similar},
+            cache_dir=str(folder),
+        )
+    except ValueError as error:  # that is how datasets takes a generator without rows
+        raise DistillError(
+            f"--augment: nothing new can be made of these {len(corpus)} texts; leave it out, or give more"
+        ) from error
+    if len(dataset) < budget * TOLD_SHORT:
+        logger.warning(
+            "  augmented: %d texts, not %d: the corpus is too small for more", len(dataset), budget
+        )
+    return dataset
+
+
+def _rows(
+    parts: tuple[tuple[Any, tuple[Text, ...], int], ...],
+    seed: int,
+    held_out: set[str],
+    similar: Mapping[str, Sequence[str]] | None,
+) -> Iterator[dict[str, Any]]:
+    seen = set(held_out)
+    for label, texts, budget in parts:
+        for text in augment(texts, budget, seed, seen, similar):
+            both = parts_of(text)
+            seen.add(text_id(*both))
+            row = {"id": text_id(*both), **dict(zip(("text", "text_pair"), both, strict=False))}
+            yield (
+                row if label is None else {**row, "label": list(label) if isinstance(label, tuple) else label}
+            )
