@@ -227,6 +227,8 @@ int main(int count, char** arguments) try {
   const json manifest = read_json(bundle + "/distill.json");
   if (manifest.value("problem_type", "") == "multi_label_classification")
     throw std::runtime_error(bundle + ": its texts have several labels each; this program gives one");
+  if (manifest.value("long_texts", "head") != "head")
+    throw std::runtime_error(bundle + ": reads more of a long text than its beginning; this program does not");
   const json& details = manifest.at("details");
   const std::string file = count > 2 ? arguments[2] : details.at("files").at("cpu").get<std::string>();
   const std::vector<std::string> labels = manifest.at("labels");
