@@ -30,8 +30,8 @@ def one(kind: str, data: str, model: str, epochs: float) -> dict[str, float]:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         score = tune_teacher(
-            output=Path(scratch) / "run", data=data, model=model, epochs=epochs, text_column=None,
-            text_pair_column=None, label_column=None, **dict.fromkeys(KINDS[kind], True),
+            output=Path(scratch) / "run", data=data, model=model, epochs=epochs,
+            **dict.fromkeys(KINDS[kind], True),
         )  # fmt: skip
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

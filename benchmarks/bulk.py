@@ -38,15 +38,19 @@ def _write(folder: Path, texts: list[str], rows: int) -> None:
         pyarrow.parquet.write_table(pyarrow.table(part), folder / f"{shard:03}.parquet")
 
 
-def _workers_memory() -> float:
-    """MB that Ray's processes hold, pages that they share counted once for each."""
-    found = 0.0
+def _workers_memory() -> dict[str, float]:
+    """How many processes Ray has, and the MB of their own that all of them and those of the workers hold."""
+    found = {"processes": 0, "all": 0.0, "workers": 0.0}
     for process in psutil.process_iter(["cmdline"]):
-        if (process.info["cmdline"] or [""])[0].startswith("ray::"):
+        name = (process.info["cmdline"] or [""])[0]
+        if name.startswith("ray::"):
             try:
-                found += process.memory_full_info().uss / 1e6
+                own = process.memory_full_info().uss / 1e6
             except psutil.Error:
                 continue
+            found["processes"] += 1
+            found["all"] += own
+            found["workers"] += own if "MapWorker" in name else 0.0
     return found
 
 
@@ -74,7 +78,13 @@ def _run(source: Path, output: Path, bundle: Path, kill_at: int | None) -> dict[
             break
     if process.returncode and kill_at is None:
         raise click.ClickException(f"predict ended with {process.returncode}")
-    return {"seconds": time.monotonic() - started, "committed": _committed(output), "memory_mb": samples}
+    return {"seconds": time.monotonic() - started, "committed": _committed(output), "memory": samples}
+
+
+def _tenths(samples: list[dict[str, float]]) -> list[dict[str, int]]:
+    """Ten of the samples, evenly spread."""
+    chosen = [samples[round(part * (len(samples) - 1) / 9)] for part in range(10)]
+    return [{name: round(value) for name, value in sample.items()} for sample in chosen]
 
 
 @click.command()
@@ -96,8 +106,6 @@ def main(texts_file: Path, bundle: Path, rows: int) -> None:
     numbers = table["number"].to_pylist()
     expected = Classifier(bundle, provider="cpu").predict(texts[:CHECKED])
     right = sum(a == b for a, b in zip(table["prediction"].to_pylist(), expected, strict=False))
-    memory = second["memory_mb"]
-    settled = memory[len(memory) // 4 : -1] or memory
     result = {
         "cpu": cpu_name(),
         "rows": rows,
@@ -107,11 +115,7 @@ def main(texts_file: Path, bundle: Path, rows: int) -> None:
         "killed_after_rows": first["committed"],
         "seconds": [round(first["seconds"], 1), round(second["seconds"], 1)],
         "rows_per_second_after_the_restart": round((rows - first["committed"]) / second["seconds"]),
-        "memory_of_ray_processes_mb": {
-            "after_a_quarter": round(settled[0]),
-            "at_the_end": round(settled[-1]),
-            "most": round(max(memory)),
-        },
+        "memory_mb": {"first": _tenths(first["memory"]), "second": _tenths(second["memory"])},
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "bulk.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

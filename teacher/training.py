@@ -69,11 +69,11 @@ def _build(options: TeacherOptions, data: Data) -> Any:
 
 
 def teacher_options(
-    text_column: str | None,
-    text_pair_column: str | None,
-    label_column: str | None,
-    multi_label: bool,
-    label_separator: str,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    multi_label: bool = False,
+    label_separator: str = "|",
     **options: Any,
 ) -> TeacherOptions:
     """Options as the command line has them."""
