@@ -23,14 +23,14 @@ from unittest import mock
 import click
 import numpy as np
 import torch
-from distill.student import augmentation, training
+from distill.student import training
 from distill.student.losses import UNLABELED
 from distill.student.training import StudentOptions
 from distill.teacher.training import TeacherOptions
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill import train_student, train_teacher
+from distill import augmentation, train_student, train_teacher
 from distill.artifact import read_manifest
 from distill.latency import cpu_name
 

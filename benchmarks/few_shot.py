@@ -5,7 +5,7 @@ looked at. Prints a table and keeps benchmarks/results/few_shot.json.
 
 Usage: python benchmarks/few_shot.py DATA --model all-MiniLM-L6-v2 [--set snips] [--shots 8]
 
-DATA holds a folder for every set, with train.csv and validation.csv.
+DATA holds a folder for every set, with train.csv, validation.csv and test.csv.
 """
 
 import json

@@ -98,7 +98,7 @@ def length_of(options: TrainingOptions, cut: Plan, texts: int) -> dict[str, Any]
 
 
 def training_arguments(
-    options: TrainingOptions, cut: Plan, precision: str, device: str, texts: int, in_windows: bool
+    options: TrainingOptions, cut: Plan, precision: str, device: str, texts: int, in_windows: bool = False
 ) -> TrainingArguments:
     """The Trainer's arguments for training on so many texts (or windows of them), in steps cut so."""
     return _Arguments(

@@ -106,7 +106,7 @@ def substitute_words(words: Words, corpus: Corpus, generator: random.Random) -> 
 
 
 def replace_words(words: Words, corpus: Corpus, generator: random.Random) -> Words:
-    """Put a word that is like it in place of two words in five: TinyBERT's algorithm 1, see `neighbours.py`.
+    """Put a word that is like it in place of two words in five: algorithm 1 of TinyBERT.
 
     Frequent words are replaced less often, by the square root of section 2.3 of Mikolov et al. (2013), arXiv
     1310.4546. Of all augmentations this one alone brings in words that the corpus does not have.
@@ -132,7 +132,7 @@ def augment(
     texts: Sequence[Text],
     budget: int,
     seed: int,
-    held_out: set[str],
+    taken: set[str],
     similar: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[Text]:
     """Make up to `budget` different texts, by each of `AUGMENTATIONS` in turn, from one text after the other.
@@ -141,7 +141,8 @@ def augment(
         texts: the training text, never validation or test text. Both texts of a pair change.
         budget: how many to make; fewer come if the corpus is too small for so many different ones.
         seed: the same texts, in the same order, for the same corpus and seed.
-        held_out: ids (`text_id`) of validation and test texts, which are never made, not even by chance.
+        taken: ids (`text_id`) of texts that are never made, not even by chance, such as those of validation
+            and test. Those of `texts`, and of what is made, are added.
         similar: words like a word, by that word; without any, no text is made by `replace_words`.
     """
     generator = random.Random(seed)
@@ -150,7 +151,7 @@ def augment(
         Corpus([words for words in texts_of_part if words], similar or {})
         for texts_of_part in zip(*_sample(pairs, generator), strict=True)
     ]
-    made = held_out | {text_id(*parts) for parts in pairs}
+    taken.update(text_id(*parts) for parts in pairs)
     count = 0
     for attempt in range(budget * ATTEMPTS):
         if attempt % len(pairs) == 0:
@@ -163,9 +164,9 @@ def augment(
         ]
         identity = text_id(*parts)
         # A part of a pair may be empty, but not become so.
-        if identity in made or list(map(bool, parts)) != list(map(bool, originals)):
+        if identity in taken or list(map(bool, parts)) != list(map(bool, originals)):
             continue
-        made.add(identity)
+        taken.add(identity)
         yield (parts[0], parts[1]) if len(parts) == 2 else parts[0]
         count += 1
         if count == budget:
@@ -199,7 +200,7 @@ def augmented(
             one label, or set of labels, which it keeps; each gets its share of the budget.
         budget: how many; fewer come, with a warning, if the corpus is too small.
         seed: as for `augment`.
-        held_out: as for `augment`.
+        held_out: ids of texts that are never made; nor are texts of the corpus, whatever their label.
         folder: for the rows, which are memory-mapped.
         similar: as for `augment`.
 
@@ -211,15 +212,23 @@ def augmented(
     labels = corpus["label"] if "label" in corpus.column_names else [None] * len(corpus)
     for text, label in zip(texts_of(corpus), labels, strict=True):
         groups[tuple(label) if isinstance(label, list) else label].append(text)
-    parts = tuple(
-        (label, tuple(texts), budget * len(texts) // len(corpus)) for label, texts in groups.items()
-    )
+    parts, before = [], 0
+    for label, texts in groups.items():
+        after = before + len(texts)
+        share = budget * after // len(corpus) - budget * before // len(corpus)  # they add up to the budget
+        parts.append((label, tuple(texts), share))
+        before = after
     names = [name for name in corpus.column_names if name in ("id", "text", "text_pair", "label")]
     try:
         dataset = Dataset.from_generator(
             _rows,
             features=Features({name: corpus.features[name] for name in names}),
-            gen_kwargs={"parts": parts, "seed": seed, "held_out": held_out, "similar": similar},
+            gen_kwargs={
+                "parts": tuple(parts),
+                "seed": seed,
+                "taken": held_out | set(corpus["id"]),
+                "similar": similar,
+            },
             cache_dir=str(folder),
         )
     except ValueError as error:  # that is how datasets takes a generator without rows
@@ -236,14 +245,13 @@ def augmented(
 def _rows(
     parts: tuple[tuple[Any, tuple[Text, ...], int], ...],
     seed: int,
-    held_out: set[str],
+    taken: set[str],
     similar: Mapping[str, Sequence[str]] | None,
 ) -> Iterator[dict[str, Any]]:
-    seen = set(held_out)
+    taken = set(taken)
     for label, texts, budget in parts:
-        for text in augment(texts, budget, seed, seen, similar):
+        for text in augment(texts, budget, seed, taken, similar):
             both = parts_of(text)
-            seen.add(text_id(*both))
             row = {"id": text_id(*both), **dict(zip(("text", "text_pair"), both, strict=False))}
             yield (
                 row if label is None else {**row, "label": list(label) if isinstance(label, tuple) else label}

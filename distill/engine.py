@@ -129,7 +129,10 @@ class Engine:
         encodings = self._tokenizer.encode_batch(list(texts))
         owners = list(range(len(texts)))
         if self._reader:
-            pieces = [self._encodings(text) for text in texts]
+            pieces = [
+                self._encodings(text) if encoding.overflowing else [encoding]
+                for text, encoding in zip(texts, encodings, strict=True)
+            ]
             owners = [owner for owner, own in enumerate(pieces) for _ in own]
             encodings = [piece for own in pieces for piece in own]
         lengths = np.array([self._rounded(len(encoding.ids)) for encoding in encodings], dtype=np.int64)

@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from distill.errors import DistillError
+
 HEAD, HEAD_TAIL, WINDOWS = "head", "head-tail", "windows"
 WAYS = (HEAD, HEAD_TAIL, WINDOWS)
 PART = 4  # a quarter is the head of head and tail, and what two windows have in common
@@ -37,6 +39,8 @@ class Reader:
         self.way = way
         self._tokenizer = tokenizer
         self._room = max_length - tokenizer.num_special_tokens_to_add(False)
+        if self._room < PART:
+            raise DistillError(f"--max-length {max_length}: too short for --long-texts {way}; give more")
 
     def pieces(self, text: str) -> list[str]:
         """The pieces of a text, in order; the text itself where it is short enough."""
@@ -48,17 +52,33 @@ class Reader:
 
         def position(token: int, direction: int) -> int:
             """Where in the text a token begins, or one near it in this direction that begins a word."""
-            for near in range(token, token + direction * (room // (2 * PART)), direction):
-                if near in (0, count) or words[near] != words[near - 1]:
+            for near in range(token, token + direction * (room // (3 * PART)), direction):
+                # Where a tokenizer takes all of a text for one word, blanks tell.
+                around = text[max(0, ends[near - 1] - 1) : ends[near - 1] + 1] if near else ""
+                if near in (0, count) or words[near] != words[near - 1] or any(map(str.isspace, around)):
                     token = near
                     break
             return ends[token - 1] if 0 < token < count else (len(text) if token else 0)
 
         if self.way == HEAD_TAIL:
             head = room // PART
-            return [f"{text[: position(head, -1)]} {text[position(count - room + head, 1) :].lstrip()}"]
+            tail = text[position(count - room + head, 1) :].lstrip()
+            return [self._fitting(f"{text[: position(head, -1)]} {tail}")]
         starts = [*range(0, count - room, room - room // PART), count - room]
-        return [text[position(start, 1) : position(start + room, -1)] for start in starts]
+        found = [text[position(start, 1) : position(start + room, -1)] for start in starts]
+        found = [self._fitting(piece, keep_end=piece is found[-1]) for piece in found if piece.strip()]
+        return found or [text[: ends[room - 1]]]
+
+    def _fitting(self, piece: str, keep_end: bool = False) -> str:
+        """A piece without its last, or first, tokens where it has more than fit: a cut can make new ones."""
+        room = self._room
+        while len(offsets := self._tokenizer.encode(piece, add_special_tokens=False).offsets) > room:
+            # At least one character, of which several tokens may be, goes every time.
+            if keep_end:
+                piece = piece[max(1, offsets[-room][0]) :]
+            else:
+                piece = piece[: min(len(piece) - 1, offsets[room - 1][1])]
+        return piece
 
 
 def pooled(logits: NDArray[Any], owners: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[Any]:

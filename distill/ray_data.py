@@ -22,6 +22,7 @@ PARTS = 16  # that each worker does of the rows, so that none is idle for long a
 SMALLEST_PART, LARGEST_PART = BATCH, 64 * BATCH  # rows
 ROW_HASH = "row_hash"  # Ray's name of a row: of its file and its place there
 SPARE = 4  # cores that Ray can book beside the workers'
+SMALLEST_CLUSTER = 2  # CPUs
 BOOKED = 0.5  # cores by a worker, and to read and to write
 
 
@@ -81,14 +82,21 @@ def start_ray(on_gpu: bool, workers: int | None) -> Workers:
         raise DistillError("--engine ray: needs Ray: pip install 'distill-onnx[ray]'") from error
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are about Ray's own workings
     warnings.filterwarnings("ignore", module="ray")
+    spare = 0
     if not ray.is_initialized():
         # On one machine Ray gets more cores to book than there are: passing over what is done takes one,
         # cutting the rows into parts another, and with all of them booked the run would stand still.
-        here = None if os.environ.get("RAY_ADDRESS") else cores() + SPARE
-        ray.init(num_cpus=here, log_to_driver=False, logging_level=logging.ERROR)
+        spare = 0 if os.environ.get("RAY_ADDRESS") else SPARE
+        ray.init(
+            num_cpus=cores() + spare if spare else None, log_to_driver=False, logging_level=logging.ERROR
+        )
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is raised, too
     resources = ray.cluster_resources()
-    count = workers or max(1, int(resources.get("GPU", 0) if on_gpu else resources.get("CPU", 1) - SPARE))
+    cpus = int(resources.get("CPU", 0))
+    if cpus < SMALLEST_CLUSTER:
+        raise DistillError(f"--engine ray: this cluster has {cpus} CPUs; reading beside a worker takes "
+                           f"{SMALLEST_CLUSTER}")  # fmt: skip
+    count = workers or (int(resources.get("GPU", 0)) if on_gpu else cpus - spare)
     if on_gpu and not resources.get("GPU"):
         raise DistillError("--engine ray: this cluster has no GPU to work on")
     logger.info("Ray: %d workers on %d machines", count, len(ray.nodes()))

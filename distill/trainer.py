@@ -38,7 +38,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
 def tokenize(dataset: Dataset, tokenizer: Any, file: Path | None = None) -> Dataset:
     """Add token ids (truncated, not padded), `length` in tokens and whether a text was `cut`; its columns go.
 
-    A text that is read in windows becomes as many rows, with its label; `document` is its own row.
+    A text that is read in windows becomes as many rows, with its label; `document` numbers the texts.
 
     Args:
         dataset: with `text` and perhaps `text_pair`; other columns, such as `teacher_logits`, stay.

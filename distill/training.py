@@ -36,14 +36,14 @@ KEEPING_START = ("cuda",)  # a CPU that is out of memory ends the process
 
 @dataclass
 class Trained:
-    """A trained model, where it was trained, its macro-F1 on validation, and the share of texts cut short."""
+    """A trained model, where it was trained, its macro-F1 on validation, and what was long in its texts."""
 
     model: Any
     device: str
     precision: str
     score: float
     cut: Plan
-    truncated: float
+    long: dict[str, float]
 
     def steps(self) -> dict[str, Any]:
         """For a manifest: how every step was cut."""
@@ -120,8 +120,9 @@ def fit(
             progress.close()
         return trainer
 
-    logger.info("%s: %d texts on %s in %s", title, len(train), device, precision)
-    truncated = _tell_truncated(train, tokenizer, title)
+    kind = "windows" if in_windows else "texts"
+    logger.info("%s: %d %s on %s in %s", title, len(train), kind, device, precision)
+    long = _tell_long(train, tokenizer, title)
     with first_token_only(model.get_base_model() if hasattr(model, "get_base_model") else model):
         cut = processes.once(lambda: _cut(model, tokenizer, train, options, device, precision, title))
         # What an attempt that ran out of memory has changed is put back.
@@ -133,7 +134,7 @@ def fit(
             model.load_state_dict(start, strict=False)
             torch.cuda.empty_cache()
     best = float(trainer.state.best_metric or 0.0)
-    return Trained(trainer.model, device, precision, best, cut, truncated)
+    return Trained(trainer.model, device, precision, best, cut, long)
 
 
 def _scorer(classes: int, in_windows: bool) -> Callable[[Any], dict[str, float]]:
@@ -150,16 +151,23 @@ def _scorer(classes: int, in_windows: bool) -> Callable[[Any], dict[str, float]]
     return scores
 
 
-def _tell_truncated(train: Dataset, tokenizer: Any, title: str) -> float:
-    """The share of texts that are longer than the model reads, told where it is more than a few."""
-    share = float(np.mean(train["cut"]))
-    if share >= TOLD_TRUNCATED:
+def _tell_long(train: Dataset, tokenizer: Any, title: str) -> dict[str, float]:
+    """The shares, for a manifest, of texts that are longer than the model reads; told where they matter."""
+    limit, found = tokenizer.model_max_length, {"truncated_share": float(np.mean(train["cut"]))}
+    if "document" in train.column_names:
+        windows = np.unique(np.asarray(train["document"]), return_counts=True)[1]
+        found["in_windows_share"] = float(np.mean(windows > 1))
+        share = 100 * found["in_windows_share"]
+        logger.info("%s: %.1f %% of the texts are longer than %d tokens: in windows", title, share, limit)
+    if found["truncated_share"] >= TOLD_TRUNCATED:
+        part = "ends" if way_of(tokenizer) == HEAD else "middles"
+        other = ", and --long-texts other parts, or all" if title == "Teacher" else ""
         logger.warning(
             "%s: %.1f %% of the texts are longer than %d tokens, and their %s are not read; --max-length "
-            "reads more, as far as the model can, and --long-texts other parts, or all", title, 100 * share,
-            tokenizer.model_max_length, "ends" if way_of(tokenizer) == HEAD else "middles",
+            "reads more, as far as the model can%s",
+            title, 100 * found["truncated_share"], limit, part, other,
         )  # fmt: skip
-    return share
+    return found
 
 
 def _trained_weights(model: Any) -> dict[str, torch.Tensor]:

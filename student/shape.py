@@ -17,7 +17,8 @@ import distill
 from distill.artifact import read_manifest
 from distill.errors import DistillError
 from distill.latency import cpu_name, measure
-from distill.models import load_model, load_tokenizer
+from distill.long_texts import HEAD
+from distill.models import load_model, load_tokenizer, open_pytorch
 
 logger = logging.getLogger(__name__)
 TEXTS = 30
@@ -114,7 +115,10 @@ def _tell(found: dict[str, float]) -> str:
 
 
 def _pipeline(teacher: Path, labels: list[str]) -> Callable[[Any], object]:
-    limit = read_manifest(teacher, "train-teacher", "--teacher").max_length
+    manifest = read_manifest(teacher, "train-teacher", "--teacher")
+    limit = manifest.max_length
+    if manifest.long_texts != HEAD:  # a pipeline reads the beginning alone
+        return open_pytorch(teacher, labels, limit, manifest.long_texts, "--teacher")[0]
     classify = pipeline(
         "text-classification",
         model=load_model(str(teacher), labels, "--teacher").eval(),

@@ -3,12 +3,13 @@
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from distill.student.architecture import cut_positions, keep_layers
@@ -19,6 +20,7 @@ from distill.student.neighbours import similar_words
 from distill.student.shape import Goal, choose_layers
 from distill.student.soft_labels import teacher_logits
 from distill.student.vocabulary import trim_vocabulary
+from numpy.typing import NDArray
 from transformers import set_seed
 
 from distill.arguments import TrainingOptions
@@ -28,9 +30,10 @@ from distill.calibration import fit_temperature
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, recorded_recipe, refuse_unfinished
 from distill.data import Data, reload_data, texts_of
 from distill.encoding import way_of
+from distill.long_texts import WINDOWS
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.options import budget_of
-from distill.predictions import EVALUATED, read_predictions, score_splits, write_predictions
+from distill.predictions import EVALUATED, labels_of, read_predictions, score_splits, write_predictions
 from distill.processes import ahead, count, join, once
 from distill.sources import Columns, parts_of
 from distill.trainer import tokenize
@@ -38,6 +41,7 @@ from distill.training import Trained, fit, predict_logits
 from distill.words import segments
 
 logger = logging.getLogger(__name__)
+Label = Callable[[Dataset], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,17 @@ def _similar_words(folder: Path, teacher: Manifest, corpus: Dataset) -> dict[str
     return similar_words(words, model, load_tokenizer(str(folder), teacher.max_length, "--teacher"))
 
 
-def _teacher_temperature(teacher: Path) -> float:
+def _teacher_temperature(teacher: Path, label: Label, windows: Dataset | None) -> float:
     """Temperature that makes the teacher's probabilities honest, fitted to what it answers on validation.
 
-    A teacher that is too sure, or not sure enough, would teach the wrong amount of doubt.
+    A teacher that is too sure, or not sure enough, would teach the wrong amount of doubt. Where it labels
+    `windows`, of which it is less sure than of whole texts, it is fitted to those of validation text.
     """
     answers = read_predictions(teacher, "validation")["teacher"]
-    temperature = fit_temperature(answers.logits, answers.labels)
+    logits, labels = answers.logits, answers.labels
+    if windows is not None:
+        logits, labels = label(windows), labels_of(windows)
+    temperature = fit_temperature(logits, labels)
     logger.info("Teacher's temperature: %.2f", temperature)
     return temperature
 
@@ -158,17 +166,17 @@ def _fit(options: StudentOptions) -> _Fitted:
         tokenizer = trim_vocabulary(model, tokenizer, texts_of(corpus), options.vocabulary or None)
         logger.info("Vocabulary: %d of %d tokens", len(tokenizer), before)
     rows, *unlabeled = (in_windows(part, tokenizer) for part in (data.splits["train"], *unlabeled))
-    temperature = _teacher_temperature(options.teacher)
+    how = (options.device, options.precision, options.engine, options.workers)
+
+    def label(texts: Dataset) -> NDArray[np.float32]:
+        return teacher_logits(options.teacher, teacher, texts, *how)
+
+    windows = None
+    if way_of(tokenizer) == WINDOWS and options.alpha:
+        windows = in_windows(data.splits["validation"], tokenizer)
+    temperature = _teacher_temperature(options.teacher, label, windows)
     if options.alpha:
-        logits = teacher_logits(
-            options.teacher,
-            teacher,
-            concatenate_datasets([rows.remove_columns("label"), *unlabeled]),
-            options.device,
-            options.precision,
-            options.engine,
-            options.workers,
-        )
+        logits = label(concatenate_datasets([rows.remove_columns("label"), *unlabeled]))
         rows = with_soft_labels(rows, unlabeled, logits / temperature)
     train = ahead(partial(tokenize, rows, tokenizer, options.checkpoints / "train.arrow"))
     validation = tokenize(data.splits["validation"], tokenizer)
@@ -223,7 +231,7 @@ def train_student(options: StudentOptions) -> Manifest:
             "vocabulary": len(tokenizer),
             "teacher_temperature": fitted.teacher_temperature,
             "steps": trained.steps(),
-            "truncated_share": trained.truncated,
+            **trained.long,
         },
     )
 

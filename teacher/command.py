@@ -40,8 +40,8 @@ from distill.options import (
 @click.option(
     "--augment",
     metavar="4x",
-    help="Make four texts for every training text, or a number of them, each out of texts with one label, "
-    "which it keeps: for few texts.",
+    help="Make four texts for every training text, or a number of them, by leaving out words, putting others "
+    "in their place and mixing two texts with one label, which is kept: for few texts.",
 )
 @click.option(
     "--long-texts",

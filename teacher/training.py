@@ -1,6 +1,7 @@
 """Fine-tune a sequence-classification checkpoint on labelled text."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -98,8 +99,8 @@ class _Fitted(NamedTuple):
     augmented: int
 
 
-def _fit(options: TeacherOptions, data: Data) -> _Fitted:
-    """Train on data; the test split is not looked at."""
+def _fit(options: TeacherOptions, data: Data, unseen: Sequence[str] = ()) -> _Fitted:
+    """Train on data, without making a text whose id is in `unseen`; the test split is not looked at."""
     tokenizer = load_tokenizer(options.model, options.max_length, "--model", options.long_texts)
     set_seed(options.seed)  # a new head is drawn at random
     model = _build(options, data)
@@ -107,7 +108,7 @@ def _fit(options: TeacherOptions, data: Data) -> _Fitted:
     if count() > 1:
         recipe["processes"] = count()
     resume_from = once(partial(prepare_checkpoints, options, recipe, "train-teacher"))
-    made = [ahead(partial(_augmented, options, data))] if options.augment else []
+    made = [ahead(partial(_augmented, options, data, unseen))] if options.augment else []
     train = tokenize(concatenate_datasets([data.splits["train"], *made]), tokenizer)
     weights = balanced_weights(labels_of(train), len(data.labels)) if options.class_weights else None
     validation = tokenize(data.splits["validation"], tokenizer)
@@ -121,16 +122,16 @@ def _fit(options: TeacherOptions, data: Data) -> _Fitted:
     return _Fitted(trained, tokenizer, sum(map(len, made)))
 
 
-def _augmented(options: TeacherOptions, data: Data) -> Dataset:
+def _augmented(options: TeacherOptions, data: Data, unseen: Sequence[str]) -> Dataset:
     train = data.splits["train"]
-    held_out = {text_id for split in EVALUATED for text_id in data.splits[split]["id"]}
+    held_out = {*unseen, *(text_id for split in EVALUATED for text_id in data.splits[split]["id"])}
     budget = budget_of(str(options.augment), len(train))
     return augmented(train, budget, options.seed, held_out, options.checkpoints / "augmented")
 
 
 def _fold(options: TeacherOptions, data: Data, held_out: Dataset) -> NDArray[np.float32]:
     """Train a teacher on a part of the training text; logits of the rest."""
-    trained, tokenizer, _ = _fit(options, data)
+    trained, tokenizer, _ = _fit(options, data, held_out["id"])
     logits = predict_logits(trained.model, tokenizer, held_out, trained.device, trained.precision)
     once(partial(discard_checkpoints, options))
     return logits
@@ -190,7 +191,7 @@ def train_teacher(options: TeacherOptions) -> Manifest:
         device=trained.device,
         precision=trained.precision,
         wall_seconds=round(time.monotonic() - started, 1),
-        details={**details, "steps": trained.steps(), "truncated_share": trained.truncated},
+        details={**details, "steps": trained.steps(), **trained.long},
     )
 
     def finish() -> Manifest:

@@ -190,6 +190,45 @@ def test_a_text_made_out_of_those_with_one_label_keeps_it(tmp_path, several):
         assert set(text.split()) <= {*FILLER, *WORDS[own]}
 
 
+def test_no_text_is_made_that_another_label_has(tmp_path):
+    from datasets import Dataset
+
+    texts = ["not good", "good", "not great", "great", "not fine", "fine"]
+    corpus = Dataset.from_dict({"id": list(map(text_id, texts)), "text": texts, "label": [0, 1] * 3})
+    made = augmented(corpus, 60, 0, set(), tmp_path)
+    assert len(made) == len(set(made["id"])) and not set(made["text"]) & set(texts)
+
+
+@pytest.mark.parametrize("budget", [10, 19, 45])
+def test_shares_of_the_labels_add_up_to_the_budget(tmp_path, budget):
+    from datasets import Dataset
+
+    texts = [f"{text} {number}" for number, text in enumerate(TEXTS)]
+    labels = [number % 20 for number in range(len(texts))]
+    corpus = Dataset.from_dict({"id": list(map(text_id, texts)), "text": texts, "label": labels})
+    assert len(augmented(corpus, budget, 0, set(), tmp_path)) == budget
+
+
+def test_a_fold_is_not_trained_on_texts_it_is_asked_about(tmp_path, checkpoint, monkeypatch):
+    from distill.teacher import training
+
+    asked = []
+
+    def spy(train, budget, seed, held_out, folder):
+        asked.append((set(train["id"]), held_out))
+        return augmented(train, budget, seed, held_out, folder)
+
+    monkeypatch.setattr(training, "augmented", spy)
+    data = write_csv(tmp_path / "data.csv", make_rows(60))
+    options = training.TeacherOptions(
+        output=tmp_path / "t", data=str(data), model=str(checkpoint), augment="1x", folds=2, max_steps=1
+    )
+    training.train_teacher(options)
+    whole = asked[-1][0]
+    for own, held_out in asked[:2]:
+        assert whole - own <= held_out
+
+
 def test_a_teacher_learns_on_augmented_text_and_counts_it(tmp_path, checkpoint):
     from distill.teacher.training import TeacherOptions
 

@@ -11,6 +11,7 @@ from distill.export.bundle import ExportOptions
 from distill.student.corpus import in_windows
 from distill.student.training import StudentOptions
 from distill.teacher.training import TeacherOptions
+from tokenizers import Tokenizer, models, normalizers, trainers
 
 from distill import Classifier, DistillError, export_student, train_student, train_teacher
 from distill.artifact import read_manifest
@@ -79,8 +80,36 @@ def test_short_texts_and_texts_without_blanks(way, corpus):
         assert reader.pieces(text) == [text]
     endless = "xyz" * 200
     for piece in reader.pieces(endless):
-        assert len(tokenizer.encode(piece, add_special_tokens=False).ids) <= 13  # one more for the seam
+        assert len(tokenizer.encode(piece, add_special_tokens=False).ids) <= 12
     assert max(map(len, reader.pieces(endless))) < 60
+
+
+def test_a_tokenizer_for_which_a_text_is_one_word_cuts_at_blanks_and_loses_no_token(corpus):
+    """As those of Llama 2, which turn blanks into a letter and split nothing beforehand."""
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=80, special_tokens=SPECIAL))
+    reader = Reader(tokenizer, 60, "windows")
+    text = " ".join(corpus)
+    pieces = reader.pieces(text)
+    assert text.startswith(pieces[0]) and text.endswith(pieces[-1])
+    for piece in pieces:
+        assert len(tokenizer.encode(piece, add_special_tokens=False).ids) <= 60
+        assert reader.pieces(piece) == [piece], "a window is not cut again"
+    between = [text[text.index(piece) - 1] == " " or piece[0] == " " for piece in pieces[1:]]
+    assert sum(between) >= len(between) - 1, "only the last may have lost a first token"
+
+
+def test_windows_without_a_character_are_left_out(corpus):
+    tokenizer = train_tokenizer("byte-level bpe", corpus, SPECIAL)
+    pieces = Reader(tokenizer, 12, "windows").pieces("lovely" + "\n" * 300 + "box")
+    assert 2 <= len(pieces) <= 4 and all(piece.strip() for piece in pieces)
+    assert len(Reader(tokenizer, 12, "windows").pieces("\n" * 300)) == 1
+
+
+def test_a_length_that_holds_no_text_is_refused(corpus):
+    with pytest.raises(DistillError, match="--max-length 3: too short for --long-texts windows"):
+        Reader(train_tokenizer("wordpiece", corpus, SPECIAL), 3, "windows")
 
 
 def test_pooled_logits_are_means():
@@ -142,7 +171,7 @@ def test_every_stage_reads_alike(runs, way):
 def test_windows_find_what_the_beginning_does_not_tell(runs):
     manifest = read_manifest(runs / "windows" / "teacher", "train-teacher", "--teacher")
     assert manifest.metrics["test"]["macro_f1"] > 0.9
-    assert manifest.details["truncated_share"] == 0
+    assert (manifest.details["truncated_share"], manifest.details["in_windows_share"]) == (0, 1)
     assert manifest.data["rows"]["test"] == len(
         read_predictions(runs / "windows" / "teacher", "test")["teacher"].ids
     )

@@ -11,7 +11,7 @@ from distill import options as options_module
 from distill.arguments import TrainingOptions, length_of, training_arguments
 from distill.memory import Plan
 from distill.trainer import LossTrainer, is_new, tokenize
-from distill.training import _tell_truncated
+from distill.training import _tell_long
 
 FAMILIES = make_configs(layers=2)
 
@@ -108,5 +108,5 @@ def test_texts_that_are_cut_are_counted_and_told(tmp_path, caplog):
     tokenizer.model_max_length = 8
     encoded = tokenize(rows, tokenizer)
     assert encoded["cut"][:] == [False, False, True, False]
-    assert _tell_truncated(encoded, tokenizer, "Teacher") == 0.25
+    assert _tell_long(encoded, tokenizer, "Teacher") == {"truncated_share": 0.25}
     assert "25.0 % of the texts are longer than 8 tokens" in caplog.text
