@@ -116,7 +116,7 @@ def test_the_same_seed_gives_the_same_texts_and_a_smaller_budget_the_first_of_th
 def test_no_held_out_text_no_training_text_and_no_text_twice():
     first = list(augment(TEXTS, 100, 1, set()))
     held_out = {text_id(text) for text in first[::2]}
-    made = list(augment(TEXTS, 100, 1, held_out))
+    made = list(augment(TEXTS, 100, 1, set(held_out)))
     assert len(made) == len(set(made)) == 100
     assert not {text_id(text) for text in made} & (held_out | {text_id(text) for text in TEXTS})
 
