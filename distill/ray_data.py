@@ -21,9 +21,8 @@ BATCH = 1024  # rows
 PARTS = 16  # that each worker does of the rows, so that none is idle for long at the end; one file each
 SMALLEST_PART, LARGEST_PART = BATCH, 64 * BATCH  # rows
 ROW_HASH = "row_hash"  # Ray's name of a row: of its file and its place there
-SPARE = 4  # cores that Ray can book beside the workers'
-SMALLEST_CLUSTER = 2  # CPUs
-BOOKED = 0.5  # cores by a worker, and to read and to write
+BOOKED = 0.5  # CPUs by a worker, and to read and to write
+BESIDE = 3  # CPUs that Ray books beside the workers: to pass over what is done and to cut the rest, one each
 
 
 def place_of(source: str) -> tuple[fs.FileSystem, str]:
@@ -73,7 +72,7 @@ def start_ray(on_gpu: bool, workers: int | None) -> Workers:
         workers: how many; one for each core, or GPU, when left out.
 
     Raises:
-        DistillError: if Ray is not installed, or there is no GPU.
+        DistillError: if Ray is not installed, there is no GPU, or the cluster is too small.
     """
     try:
         import ray
@@ -82,23 +81,21 @@ def start_ray(on_gpu: bool, workers: int | None) -> Workers:
         raise DistillError("--engine ray: needs Ray: pip install 'distill-onnx[ray]'") from error
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are about Ray's own workings
     warnings.filterwarnings("ignore", module="ray")
-    spare = 0
+    local = not os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
-        # On one machine Ray gets more cores to book than there are: passing over what is done takes one,
-        # cutting the rows into parts another, and with all of them booked the run would stand still.
-        spare = 0 if os.environ.get("RAY_ADDRESS") else SPARE
-        ray.init(
-            num_cpus=cores() + spare if spare else None, log_to_driver=False, logging_level=logging.ERROR
-        )
+        # On one machine Ray gets more to book than there is: with all of it booked the run would stand still.
+        booked = cores() + BESIDE if local else None
+        ray.init(num_cpus=booked, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is raised, too
     resources = ray.cluster_resources()
-    cpus = int(resources.get("CPU", 0))
-    if cpus < SMALLEST_CLUSTER:
-        raise DistillError(f"--engine ray: this cluster has {cpus} CPUs; reading beside a worker takes "
-                           f"{SMALLEST_CLUSTER}")  # fmt: skip
-    count = workers or (int(resources.get("GPU", 0)) if on_gpu else cpus - spare)
-    if on_gpu and not resources.get("GPU"):
+    cpus, gpus = (int(resources.get(name, 0)) for name in ("CPU", "GPU"))
+    if on_gpu and not gpus:
         raise DistillError("--engine ray: this cluster has no GPU to work on")
+    if cpus <= BESIDE:
+        raise DistillError(f"--engine ray: a cluster of {cpus} CPUs, of which a restart can take {BESIDE}; "
+                           f"give it at least {BESIDE + 1}")  # fmt: skip
+    room = gpus if on_gpu else min(cores() if local else cpus, int((cpus - BESIDE) / BOOKED))
+    count = min(workers or room, room)
     logger.info("Ray: %d workers on %d machines", count, len(ray.nodes()))
     return Workers(count, on_gpu)
 
