@@ -58,10 +58,11 @@ def one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Workers:
-    """Workers of Ray: how many, and whether each has a GPU."""
+    """Workers of Ray: how many, whether each has a GPU, and whether Ray was started for them."""
 
     count: int
     on_gpu: bool
+    own: bool
 
 
 def start_ray(on_gpu: bool, workers: int | None) -> Workers:
@@ -81,8 +82,8 @@ def start_ray(on_gpu: bool, workers: int | None) -> Workers:
         raise DistillError("--engine ray: needs Ray: pip install 'distill-onnx[ray]'") from error
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are about Ray's own workings
     warnings.filterwarnings("ignore", module="ray")
-    local = not os.environ.get("RAY_ADDRESS")
-    if not ray.is_initialized():
+    local, own = not os.environ.get("RAY_ADDRESS"), not ray.is_initialized()
+    if own:
         # On one machine Ray gets more to book than there is: with all of it booked the run would stand still.
         booked = cores() + BESIDE if local else None
         ray.init(num_cpus=booked, log_to_driver=False, logging_level=logging.ERROR)
@@ -97,7 +98,15 @@ def start_ray(on_gpu: bool, workers: int | None) -> Workers:
     room = gpus if on_gpu else min(cores() if local else cpus, int((cpus - BESIDE) / BOOKED))
     count = min(workers or room, room)
     logger.info("Ray: %d workers on %d machines", count, len(ray.nodes()))
-    return Workers(count, on_gpu)
+    return Workers(count, on_gpu, own)
+
+
+def stop_ray(workers: Workers) -> None:
+    """Give back what Ray holds, a third of the memory among it, unless it was there before."""
+    if workers.own:
+        import ray
+
+        ray.shutdown()
 
 
 def map_parquet(

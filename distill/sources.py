@@ -1,6 +1,7 @@
 """Where labelled text comes from: a file, a folder of files, or the Hub; always as memory-mapped Arrow."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from distill.files import SUFFIXES, SURROGATE, TEXT_COLUMNS, find_column, read_r
 
 disable_progress_bars()
 
+SEPARATOR = "|"  # of the labels of a text
+PRINTED_LIST = re.compile(r"\[\s*(['\"].*['\"])?\s*\]", re.DOTALL)  # as pandas writes a list to CSV
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "intent", "sentiment", "y")
 SPLIT_NAMES = {
     "train": "train", "training": "train",
@@ -84,6 +87,9 @@ def _labels(value: Any, place: str, column: str, separator: str) -> list[str] | 
     """The labels of a text, sorted, each once; none of them where the value is empty."""
     if value is None:
         return None
+    if isinstance(value, str) and PRINTED_LIST.fullmatch(value.strip()):
+        raise DistillError(f"{place}: {column!r} holds a printed list, {value[:40]!r}; join labels by "
+                           f"{separator!r}, or write JSONL or Parquet")  # fmt: skip
     single = value.split(separator) if isinstance(value, str) else value
     parts = single if isinstance(single, list | tuple) else [single]
     if not isinstance(value, str) and len(set(map(str, parts))) < len(parts):

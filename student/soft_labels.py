@@ -20,7 +20,7 @@ from distill.artifact import Manifest, manifest_hash
 from distill.models import choose_device, choose_precision, load_model, load_tokenizer
 from distill.predictions import UNSEEN, read_predictions
 from distill.processes import once
-from distill.ray_data import map_parquet, start_ray
+from distill.ray_data import map_parquet, start_ray, stop_ray
 from distill.training import predict_logits
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ def _label_with_ray(
     )  # fmt: skip
     texts, logits, notes = (str(place / name) for name in ("texts", "logits", "notes"))
     map_parquet(texts, logits, notes, Labeller, arguments, ready, id_column="id")
+    stop_ray(ready)  # what follows is a training
     (place / DONE).touch()
     _collect(place)
 

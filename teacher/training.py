@@ -27,7 +27,7 @@ from distill.models import choose_device, choose_precision, count_parameters, lo
 from distill.options import budget_of
 from distill.predictions import EVALUATED, UNSEEN, labels_of, score_splits, write_predictions
 from distill.processes import ahead, count, join, once
-from distill.sources import Columns
+from distill.sources import SEPARATOR, Columns
 from distill.trainer import tokenize
 from distill.training import Trained, fit, predict_logits
 
@@ -74,10 +74,12 @@ def teacher_options(
     text_pair_column: str | None = None,
     label_column: str | None = None,
     multi_label: bool = False,
-    label_separator: str = "|",
+    label_separator: str = SEPARATOR,
     **options: Any,
 ) -> TeacherOptions:
     """Options as the command line has them."""
+    if label_separator != SEPARATOR and not multi_label:
+        raise DistillError("--label-separator: stands between several labels of a text; add --multi-label")
     if multi_label and not label_separator:
         raise DistillError("--label-separator: empty; give what stands between labels, such as ,")
     separator = label_separator if multi_label else None

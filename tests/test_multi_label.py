@@ -140,6 +140,20 @@ def test_texts_without_any_label_are_no_classes(tmp_path):
         load_data(str(write_csv(tmp_path / "a.csv", [(f"t{i}", "") for i in range(9)])), SEVERAL)
 
 
+@pytest.mark.parametrize("printed", ["['joy', 'love']", "['joy' 'love']", '["joy"]', "[]"])
+def test_a_printed_list_is_no_label(tmp_path, printed):
+    data = write_csv(
+        tmp_path / "data.csv", [*((t, "joy|love") for t, _ in make_labelled(30)), ("x", printed)]
+    )
+    with pytest.raises(DistillError, match="line 32: 'label' holds a printed list, .*join labels by '|'"):
+        load_data(str(data), SEVERAL)
+
+
+def test_a_separator_alone_is_refused(run, tmp_path, checkpoint):
+    found = run("train-teacher", "--data", tmp_path, "--model", checkpoint, "--label-separator", ",")
+    assert found.exit_code == 1 and "add --multi-label" in found.output
+
+
 def test_an_empty_separator_is_refused(run, tmp_path, checkpoint):
     found = run("train-teacher", "--data", write_csv(tmp_path / "a.csv", []), "--model", checkpoint,
                 "--multi-label", "--label-separator", "")  # fmt: skip
