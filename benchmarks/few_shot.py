@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _draw(source: Path, target: Path, shots: int, seed: int) -> None:
+def draw(source: Path, target: Path, shots: int, seed: int) -> None:
     """Write a data set with so many training texts a class, and the validation text as it is."""
     table = pyarrow.csv.read_csv(source / "train.csv")
     rows = defaultdict(list)
@@ -69,7 +69,7 @@ def main(data: Path, model: str, names: tuple[str, ...], shots: tuple[int, ...])
             for seed in SEEDS:
                 with tempfile.TemporaryDirectory() as scratch:
                     drawn = Path(scratch) / "data"
-                    _draw(data / name, drawn, count, seed)
+                    draw(data / name, drawn, count, seed)
                     for variant, options in VARIANTS.items():
                         scores[variant].append(_train(drawn, model, seed, options))
             for variant, found in scores.items():
