@@ -5,7 +5,6 @@ from typing import Any
 
 import click
 
-from distill.long_texts import HEAD, WAYS
 from distill.options import (
     POSITIVE,
     column_options,
@@ -45,8 +44,8 @@ from distill.options import (
 )
 @click.option(
     "--long-texts",
-    type=click.Choice(WAYS),
-    default=HEAD,
+    type=click.Choice(["head", "head-tail", "windows"]),
+    default="head",
     help="What is read of texts longer than --max-length: their beginning, a quarter from there and the rest "
     "from the end, or all of it, in windows whose logits are averaged.",
 )
