@@ -50,7 +50,7 @@ def write_cuda(
     """
     fused = draft.folder / "onnx" / "fused.onnx"
     if fuse(exported, fused, config, provider="cuda"):
-        shorten(fused, fused)
+        shorten(fused, fused, provider="cuda")
         graph = onnx.load(fused)
         fused.unlink()
     else:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from distill.export.pooling import Graph, attributes
-from distill.export.smoothing import products, replace_nodes, smoothing_scales
+from distill.export.pooling import Graph
+from distill.export.smoothing import products, smoothing_scales
+from distill.export.surgery import attributes, replace_nodes
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 

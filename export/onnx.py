@@ -11,7 +11,8 @@ from typing import Any
 import onnx
 import torch
 import transformers
-from distill.export.pooling import attend_from_first_token, keep_first_token
+from distill.export.one_query import attend_from_first_token
+from distill.export.pooling import keep_first_token
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distill.errors import DistillError
@@ -86,12 +87,12 @@ def _with_transformers(student: Path, folder: Path) -> None:
     onnx_ir.save(exported.program, folder / "model.onnx")
 
 
-def shorten(model: Path, shortened: Path) -> bool:
+def shorten(model: Path, shortened: Path, provider: str = "cpu") -> bool:
     """Write `model` without what its answer does not need; False if that is nothing."""
     graph = onnx.load(model)
     found = keep_first_token(graph)
     if found:
-        attend_from_first_token(graph)
+        attend_from_first_token(graph, provider)
     onnx.save(graph, shortened)
     return found
 

@@ -9,8 +9,8 @@ of a layer is saved. Everything before is needed, since attention mixes the toke
 from collections import defaultdict
 from typing import Any
 
-import numpy as np
 import onnx
+from distill.export.surgery import attributes, in_order
 from numpy.typing import NDArray
 
 # Operators of which a row of the output depends on that row of the inputs alone, whatever their rank.
@@ -35,29 +35,6 @@ def keep_first_token(model: onnx.ModelProto) -> bool:
             if moved:
                 _move(model.graph, pooling, moved, sources)
                 return True
-    return False
-
-
-def attend_from_first_token(model: onnx.ModelProto) -> bool:
-    """Let the last fused Attention, of which the first token alone is read, compute one query.
-
-    ONNX Runtime's Attention gives as many rows as it is given; MultiHeadAttention takes query, key and value
-    apart.
-
-    Args:
-        model: a graph that went through `keep_first_token`, changed in place.
-    """
-    graph = Graph(model.graph)
-    for pooling in model.graph.node:
-        attention = graph.producer.get(pooling.input[0]) if pooling.input else None
-        if (
-            attention is not None
-            and graph.takes_first_token(pooling)
-            and graph.readers[pooling.input[0]] == [id(pooling)]
-            and graph.is_self_attention(attention)
-        ):
-            _split_attention(model.graph, attention, pooling, graph.values)
-            return True
     return False
 
 
@@ -132,11 +109,6 @@ class Graph:
         return moved, sources | pending
 
 
-def attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    """A node's attributes by name."""
-    return {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
-
-
 def _move(
     graph: onnx.GraphProto, pooling: onnx.NodeProto, moved: list[onnx.NodeProto], sources: set[str]
 ) -> None:
@@ -150,71 +122,9 @@ def _move(
         onnx.helper.make_node("Gather", [name, index], [name + SUFFIX], axis=1) for name in sorted(sources)
     ]
     del graph.node[:], graph.value_info[:]  # shapes have changed
-    graph.node.extend(_in_order(nodes))
-
-
-def _split_attention(
-    graph: onnx.GraphProto,
-    attention: onnx.NodeProto,
-    pooling: onnx.NodeProto,
-    values: dict[str, NDArray[Any]],
-) -> None:
-    name, (tokens, weight, bias, *mask) = attention.output[0], attention.input
-    axis = f"{name}_axis"
-    graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), axis))
-    row = f"{tokens}{SUFFIX}"
-    nodes = []
-    if row not in {output for node in graph.node for output in node.output}:
-        nodes.append(onnx.helper.make_node("Gather", [tokens, pooling.input[1]], [row], axis=1))
-    parts = {}
-    for part, source, matrix, vector in zip(
-        ("query", "key", "value"),
-        (row, tokens, tokens),
-        np.split(values[weight], 3, axis=1),
-        np.split(values[bias], 3),
-        strict=True,
-    ):
-        parts[part] = f"{name}_{part}"
-        constants = (f"{parts[part]}_weight", np.ascontiguousarray(matrix)), (f"{parts[part]}_bias", vector)
-        graph.initializer.extend(onnx.numpy_helper.from_array(value, key) for key, value in constants)
-        product = f"{parts[part]}_product"
-        nodes += [
-            onnx.helper.make_node("MatMul", [source, constants[0][0]], [product]),
-            onnx.helper.make_node("Add", [product, constants[1][0]], [parts[part]]),
-        ]
-    inputs = [f"{name}_query_row", parts["key"], parts["value"], "", *mask]
-    nodes += [
-        onnx.helper.make_node("Unsqueeze", [parts["query"], axis], [f"{name}_query_row"]),
-        onnx.helper.make_node(
-            "MultiHeadAttention", inputs, [f"{name}_row"], domain="com.microsoft", **attributes(attention)
-        ),
-        onnx.helper.make_node("Squeeze", [f"{name}_row", axis], [pooling.output[0]]),
-    ]
-    gone = {name, pooling.output[0]}
-    nodes += [node for node in graph.node if not gone.intersection(node.output)]
-    unused = [entry for entry in graph.initializer if entry.name in (weight, bias)]
-    for entry in unused:
-        graph.initializer.remove(entry)
-    del graph.node[:]
-    graph.node.extend(_in_order(nodes))
+    graph.node.extend(in_order(nodes))
 
 
 def _rename(node: onnx.NodeProto, names: dict[str, str]) -> None:
     for position, name in enumerate(node.input):
         node.input[position] = names.get(name, name)
-
-
-def _in_order(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Each node after those that it reads."""
-    missing = {name for node in nodes for name in node.output}
-    ordered: list[onnx.NodeProto] = []
-    while nodes:
-        later = []
-        for node in nodes:
-            if missing.intersection(node.input):
-                later.append(node)
-            else:
-                ordered.append(node)
-                missing.difference_update(node.output)
-        nodes = later
-    return ordered

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 from distill.export.onnx import quiet
-from distill.export.pooling import attributes
-from distill.export.smoothing import replace_nodes
+from distill.export.surgery import attributes, replace_nodes
 from onnx import TensorProto, helper, numpy_helper
 
 from distill.errors import DistillError
@@ -69,6 +68,7 @@ def quantize(model: Path, target: Path, setting: Setting) -> None:
             model,
             target,
             op_types_to_quantize=["MatMul", "Gemm", "Attention"],
+            nodes_to_exclude=[node.name for node in _by_head(onnx.load(model))],
             per_channel=setting.per_channel,
             reduce_range=setting.reduce_range,
             weight_type=QuantType[setting.weight_type],
@@ -80,8 +80,42 @@ def quantize(model: Path, target: Path, setting: Setting) -> None:
         )
     quantized = onnx.load(target)
     _quantize_tables(quantized)
+    _store_heads(quantized)
     _keep_layer_norm_apart(quantized)
     onnx.save(quantized, target)
+
+
+def _by_head(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The products with one constant matrix a head."""
+    constants = {entry.name: entry for entry in model.graph.initializer}
+    return [
+        node
+        for node in model.graph.node
+        if node.op_type == "MatMul" and node.input[1] in constants and len(constants[node.input[1]].dims) == 3
+    ]
+
+
+def _store_heads(model: onnx.ModelProto) -> None:
+    """Store the matrices of `_by_head` in INT8 with a scale for every row.
+
+    They multiply one row a text, for which ONNX Runtime's INT8 kernels of several matrices are slower than
+    those of fp32. It computes the constants of that once, when the file is opened.
+    """
+    nodes: list[onnx.NodeProto] = []
+    constants: dict[str, Any] = {}
+    values = {entry.name: entry for entry in model.graph.initializer}
+    for node in _by_head(model):
+        name = node.input[1]
+        matrices = numpy_helper.to_array(values[name])
+        scales = np.maximum(np.abs(matrices).max(axis=-1, keepdims=True), 1e-12) / 127
+        constants[f"{name}_int8"] = np.rint(matrices / scales).astype(np.int8)
+        constants[f"{name}_scale"] = scales.astype(np.float32)
+        nodes += [
+            helper.make_node("Cast", [f"{name}_int8"], [f"{name}_steps"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [f"{name}_steps", f"{name}_scale"], [f"{name}_fp32"]),
+        ]
+        node.input[1] = f"{name}_fp32"
+    replace_nodes(model.graph, [*nodes, *model.graph.node], constants)
 
 
 def _quantize_tables(model: onnx.ModelProto) -> None:

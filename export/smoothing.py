@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 from distill.export.draft import Draft
+from distill.export.surgery import replace_nodes
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
@@ -101,16 +102,3 @@ def smooth(model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.float32]]) ->
     ]
     replace_nodes(copy.graph, nodes, constants)
     return copy
-
-
-def replace_nodes(
-    graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto], constants: Mapping[str, Any]
-) -> None:
-    """Set a graph's nodes, add the new constants, and drop those that nobody reads any more."""
-    nodes = list(nodes)
-    read = {name for node in nodes for name in node.input}
-    weights = [entry for entry in graph.initializer if entry.name in read]
-    weights += [numpy_helper.from_array(value, name) for name, value in constants.items() if name in read]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(weights)

@@ -30,7 +30,7 @@ def fused(request, tmp_path_factory):
     exported, _ = export_tiny(config, folder)
     path = folder / "fused.onnx"
     if fuse(exported, path, config, provider="cuda"):
-        shorten(path, path)
+        shorten(path, path, provider="cuda")
     else:
         shorten(exported, path)
     return onnx.load(path), run_graph(exported, IDS, MASK)[0], folder

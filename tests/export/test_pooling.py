@@ -6,6 +6,7 @@ import transformers
 from conftest import make_configs
 from distill.export.onnx import default_exporter, fuse, shorten
 from distill.export.pooling import SUFFIX, keep_first_token
+from distill.export.quantization import Setting, quantize
 from export.graphs import RIGHT, export_tiny, run_graph
 
 FIRST_TOKEN = make_configs(layers=2)
@@ -56,20 +57,42 @@ optimums_graph = pytest.mark.skipif(
 
 
 @optimums_graph
-@pytest.mark.parametrize("name", ["bert", "roberta"])
-@pytest.mark.parametrize("mask", [LEFT, RIGHT])
-def test_fused_attention_keeps_its_mask_on_either_side(name, mask, tmp_path):
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert"])
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_the_last_fused_attention_has_one_query(name, provider, tmp_path):
     exported, _ = export_tiny(FIRST_TOKEN[name], tmp_path)
     assert fuse(exported, tmp_path / "fused.onnx", FIRST_TOKEN[name])
-    assert shorten(tmp_path / "fused.onnx", tmp_path / "fused.onnx")
-    nodes = onnx.load(tmp_path / "fused.onnx").graph.node
-    kinds = [node.op_type for node in nodes]
-    # The last attention has one query.
-    assert kinds.count("Attention") == 1 and kinds.count("MultiHeadAttention") == 1
-    assert any(output.endswith(SUFFIX) for node in nodes for output in node.output)
-    ids, mask = np.arange(5, 15).reshape(1, 10), np.array([mask])
+    assert shorten(tmp_path / "fused.onnx", tmp_path / "fused.onnx", provider)
+    model = onnx.load(tmp_path / "fused.onnx")
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("Attention") == 1  # of the first of two layers
+    # Those for the CPU need no keys and values of the tokens.
+    assert kinds.count("MultiHeadAttention") == (provider == "cuda")
+    assert kinds.count("FusedMatMul") == (provider == "cpu")
+    assert any(output.endswith(SUFFIX) for node in model.graph.node for output in node.output)
+    ids = np.arange(5, 25).reshape(2, 10)
+    for mask in ([[1] * 10, RIGHT], [LEFT, RIGHT]):
+        np.testing.assert_allclose(
+            _logits(tmp_path / "fused.onnx", ids, np.array(mask)),
+            _logits(exported, ids, np.array(mask)),
+            atol=1e-4,
+            rtol=1e-3,
+        )
+
+
+@optimums_graph
+def test_in_int8_the_matrices_of_one_query_are_stored_in_int8_too(tmp_path):
+    exported, _ = export_tiny(FIRST_TOKEN["bert"], tmp_path)
+    fuse(exported, tmp_path / "fused.onnx", FIRST_TOKEN["bert"])
+    shorten(tmp_path / "fused.onnx", tmp_path / "fused.onnx")
+    quantize(tmp_path / "fused.onnx", tmp_path / "int8.onnx", Setting(fused=True))
+    heads = [entry for entry in onnx.load(tmp_path / "int8.onnx").graph.initializer if len(entry.dims) == 3]
+    kinds = sorted((entry.name.rsplit("_", 1)[1], entry.data_type) for entry in heads)
+    assert kinds == [("int8", onnx.TensorProto.INT8)] * 2 + [("scale", onnx.TensorProto.FLOAT)] * 2
+    ids, mask = np.arange(5, 25).reshape(2, 10), np.array([[1] * 10, RIGHT])
+    expected = _logits(exported, ids, mask)
     np.testing.assert_allclose(
-        _logits(tmp_path / "fused.onnx", ids, mask), _logits(exported, ids, mask), atol=1e-4, rtol=1e-3
+        _logits(tmp_path / "int8.onnx", ids, mask), expected, atol=0.1 * np.abs(expected).max()
     )
 
 
