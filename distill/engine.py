@@ -86,12 +86,17 @@ class Engine:
 
     def _encodings(self, text: Text) -> list[Encoding]:
         """The text, or the pieces in which the model reads it."""
-        if isinstance(text, tuple):
-            return [self._tokenizer.encode(*text)]
-        encoding = self._tokenizer.encode(text)
-        if self._reader and encoding.overflowing:
+        return self._pieces(text, self._tokenizer.encode(*((text,) if isinstance(text, str) else text)))
+
+    def _pieces(self, text: Text, encoding: Encoding) -> list[Encoding]:
+        if self._reader and isinstance(text, str) and encoding.overflowing:
             return list(map(self._tokenizer.encode, self._reader.pieces(text)))
         return [encoding]
+
+    def encodings(self, texts: Sequence[Text]) -> list[list[Encoding]]:
+        """Each text's tokens, or those of the pieces in which the model reads it; on all cores."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts))
+        return list(map(self._pieces, texts, encodings))
 
     def outputs(self, text: Text) -> list[NDArray[Any]]:
         """All outputs of the graph for one text, as a batch of one; the first are the logits.
@@ -101,20 +106,22 @@ class Engine:
         return self._run(self._encodings(text)[0])
 
     def _run(self, encoding: Encoding) -> list[NDArray[Any]]:
-        columns = {
-            "input_ids": encoding.ids,
-            "attention_mask": encoding.attention_mask,
-            "token_type_ids": encoding.type_ids,
-        }
-        if not encoding.ids:  # the empty text, where a tokenizer adds nothing at the ends
-            columns = {"input_ids": [self._padding], "attention_mask": [1], "token_type_ids": [0]}
-        feeds = {name: np.array([columns[name]], dtype=np.int64) for name in self._inputs}
+        # The empty text has no token, where a tokenizer adds none at the ends.
+        ids = np.array([encoding.ids or [self._padding]], dtype=np.int64)
+        columns = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        if "token_type_ids" in self._inputs:
+            columns["token_type_ids"] = np.array([encoding.type_ids or [0]], dtype=np.int64)
+        feeds = {name: columns[name] for name in self._inputs}
         outputs: list[NDArray[Any]] = self._session.run(None, feeds)
         return outputs
 
     def logits(self, text: Text) -> NDArray[np.float32]:
         """Logits of one text, shape (classes,)."""
-        found = [np.asarray(self._run(piece)[0][0], dtype=np.float32) for piece in self._encodings(text)]
+        return self.logits_of(self._encodings(text))
+
+    def logits_of(self, pieces: Sequence[Encoding]) -> NDArray[np.float32]:
+        """Logits of one text, shape (classes,), from its `encodings`."""
+        found = [np.asarray(self._run(piece)[0][0], dtype=np.float32) for piece in pieces]
         return found[0] if len(found) == 1 else pooled(np.stack(found), np.zeros(len(found), dtype=int))[0]
 
     def batched_logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
@@ -126,15 +133,9 @@ class Engine:
         return np.concatenate([self._block_logits(block) for block in blocks])
 
     def _block_logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
-        encodings = self._tokenizer.encode_batch(list(texts))
-        owners = list(range(len(texts)))
-        if self._reader:
-            pieces = [
-                self._encodings(text) if encoding.overflowing else [encoding]
-                for text, encoding in zip(texts, encodings, strict=True)
-            ]
-            owners = [owner for owner, own in enumerate(pieces) for _ in own]
-            encodings = [piece for own in pieces for piece in own]
+        pieces = self.encodings(texts)
+        owners = [owner for owner, own in enumerate(pieces) for _ in own]
+        encodings = [piece for own in pieces for piece in own]
         lengths = np.array([self._rounded(len(encoding.ids)) for encoding in encodings], dtype=np.int64)
         found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
         for rows in _batches(lengths):

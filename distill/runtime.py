@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Encoding
 
 from distill.bundle import Bundle, open_bundle
 from distill.decision import MULTI_LABEL, Decision
@@ -21,6 +22,7 @@ from distill.files import SURROGATE
 
 logger = logging.getLogger(__name__)
 STREAM_BATCH = 4096  # texts that a stream gives a GPU at once
+READ_AHEAD = 1024  # texts whose tokens a CPU holds at once
 
 
 def cores() -> int:
@@ -146,8 +148,20 @@ class Classifier:
         if len(texts) == 1:
             return self.logits(texts[0])[np.newaxis]
         logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
+        if self._threads == 1:
+            for index, text in enumerate(texts):
+                logits[index] = self.logits(text)
+            return logits
+        for start in range(0, len(texts), READ_AHEAD):
+            part = slice(start, start + READ_AHEAD)
+            self._fill(logits[part], self._engine.encodings(texts[part]))
+        return logits
+
+    def _fill(self, logits: NDArray[np.float32], encodings: Sequence[Sequence[Encoding]]) -> None:
+        """Write each text's logits into its row, all threads at work."""
         # The longest first, so that no thread is left alone with a long text at the end.
-        waiting = deque(sorted(range(len(texts)), key=lambda index: -_characters(texts[index])))
+        order = sorted(range(len(logits)), key=lambda index: -sum(map(len, encodings[index])))
+        waiting = deque(order)
 
         def work() -> None:
             while waiting:
@@ -155,9 +169,9 @@ class Classifier:
                     index = waiting.popleft()
                 except IndexError:  # another thread took the last one
                     return
-                logits[index] = self.logits(texts[index])
+                logits[index] = self._engine.logits_of(encodings[index])
 
-        helpers = [self._pool.submit(work) for _ in range(min(self._threads, len(texts)) - 1)]
+        helpers = [self._pool.submit(work) for _ in range(min(self._threads, len(logits)) - 1)]
         try:
             work()
         finally:
@@ -166,7 +180,6 @@ class Classifier:
             # One that has not started, because other callers keep the pool busy, is not needed any more.
             if not helper.cancel():
                 helper.result()
-        return logits
 
     async def apredict_logits(self, texts: Iterable[Text]) -> NDArray[np.float32]:
         """`predict_logits` for asyncio: on the classifier's own threads, so that the event loop goes on."""
@@ -235,10 +248,6 @@ class Classifier:
         return answers[0] if single and not legacy else answers
 
 
-def _characters(text: Text) -> int:
-    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
-
-
 def _each_checked(texts: Iterable[Text]) -> Iterator[Text]:
     if isinstance(texts, str):
         raise DistillError("texts: a single string; give a list of strings, as in predict([text])")
@@ -264,6 +273,7 @@ _ALIVE: WeakSet[Classifier] = WeakSet()
 def _renew_pools() -> None:
     for classifier in _ALIVE:
         classifier.renew_pool()
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are gone too
 
 
 if hasattr(os, "register_at_fork"):

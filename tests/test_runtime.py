@@ -106,21 +106,23 @@ def test_coroutines_get_the_same_answers(chain, classifier):
 
 def test_a_text_that_fails_is_reported_and_leaves_the_classifier_usable(chain, monkeypatch):
     shared = Classifier(chain.export, threads=3)
-    answer = shared.logits
+    answer, broken = shared._engine.logits_of, shared._engine.encodings(["broken"])[0][0].ids
 
-    def fail(text):
-        if text == "broken":
+    def fail(pieces):
+        if pieces[0].ids == broken:
             raise ValueError("boom")
-        return answer(text)
+        return answer(pieces)
 
-    monkeypatch.setattr(shared, "logits", fail)
+    monkeypatch.setattr(shared._engine, "logits_of", fail)
     with pytest.raises(ValueError, match="boom"):
         shared.predict(["lovely", "broken", *TEXTS])
     assert shared.predict(TEXTS) == Classifier(chain.export).predict(TEXTS)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_process_that_was_forked_goes_on_answering(chain):
+@pytest.mark.parametrize("parallel_tokenizer", ["", "true"])
+def test_a_process_that_was_forked_goes_on_answering(chain, parallel_tokenizer):
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": parallel_tokenizer}
     code = (
         "import asyncio, os, distill\n"
         f"c = distill.Classifier({str(chain.export)!r}, threads=2)\n"
@@ -132,7 +134,7 @@ def test_a_process_that_was_forked_goes_on_answering(chain):
         "if not child: os._exit(0 if c.predict(texts) == stream() == asyncio.run(c.apredict(texts)) == before else 3)\n"
         "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)
 
 
 def test_a_stream_gives_probabilities_in_order(chain, classifier):
