@@ -242,7 +242,7 @@ class Classifier:
         single = isinstance(texts, str)
         answers: list[Any] = []
         for row in self.predict_proba([texts] if isinstance(texts, str) else texts):
-            order = np.argsort(-row, kind="stable")[:top_k]
+            order = [int(row.argmax())] if top_k == 1 else np.argsort(-row, kind="stable")[:top_k].tolist()
             best = [{"label": self.labels[index], "score": float(row[index])} for index in order]
             answers.append(best[0] if legacy else best)
         return answers[0] if single and not legacy else answers
