@@ -154,10 +154,9 @@ VARIANTS = {
 
 
 def _computed(tokens: int) -> int:
-    """Operations that are left: in the last layer keys and values of all tokens, and one row of the rest."""
+    """Operations that are left: in the last layer one row, and its scores and mixture of the tokens."""
     layer = sum(inner * columns for inner, columns in LAYER)
-    both = 2 * WIDTH * WIDTH
-    return 2 * (tokens * ((LAYERS - 1) * layer + both) + layer - both)
+    return 2 * (tokens * ((LAYERS - 1) * layer + 2 * HEADS * WIDTH) + layer)
 
 
 def _profile(path: Path, feeds: dict[str, Any], folder: Path, runs: int = 200) -> dict[str, float]:

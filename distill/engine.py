@@ -84,26 +84,31 @@ class Engine:
         self._inputs = [node.name for node in self._session.get_inputs()]
         self._output = self._session.get_outputs()[0].name
 
-    def _encodings(self, text: Text) -> list[Encoding]:
-        """The text, or the pieces in which the model reads it."""
-        return self._pieces(text, self._tokenizer.encode(*((text,) if isinstance(text, str) else text)))
+    def encode(self, text: Text) -> Encoding:
+        """The text's tokens, of its beginning if it is too long."""
+        encoding: Encoding = self._tokenizer.encode(*((text,) if isinstance(text, str) else text))
+        return encoding
+
+    def encode_all(self, texts: Sequence[Text]) -> list[Encoding]:
+        """The same of several texts, in threads of the tokenizer's own and without Python's lock."""
+        # The fast form leaves out offsets, and, with some tokenizers, which text of a pair a token is of.
+        fast = all(isinstance(text, str) for text in texts)
+        encode = self._tokenizer.encode_batch_fast if fast else self._tokenizer.encode_batch
+        encodings: list[Encoding] = encode(list(texts))
+        return encodings
 
     def _pieces(self, text: Text, encoding: Encoding) -> list[Encoding]:
+        """The pieces in which the model reads the text: itself, or more than the beginning of a long one."""
         if self._reader and isinstance(text, str) and encoding.overflowing:
             return list(map(self._tokenizer.encode, self._reader.pieces(text)))
         return [encoding]
-
-    def encodings(self, texts: Sequence[Text]) -> list[list[Encoding]]:
-        """Each text's tokens, or those of the pieces in which the model reads it; on all cores."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts))
-        return list(map(self._pieces, texts, encodings))
 
     def outputs(self, text: Text) -> list[NDArray[Any]]:
         """All outputs of the graph for one text, as a batch of one; the first are the logits.
 
         Of a text that is read in windows, those for the first.
         """
-        return self._run(self._encodings(text)[0])
+        return self._run(self._pieces(text, self.encode(text))[0])
 
     def _run(self, encoding: Encoding) -> list[NDArray[Any]]:
         # The empty text has no token, where a tokenizer adds none at the ends.
@@ -115,12 +120,9 @@ class Engine:
         outputs: list[NDArray[Any]] = self._session.run(None, feeds)
         return outputs
 
-    def logits(self, text: Text) -> NDArray[np.float32]:
-        """Logits of one text, shape (classes,)."""
-        return self.logits_of(self._encodings(text))
-
-    def logits_of(self, pieces: Sequence[Encoding]) -> NDArray[np.float32]:
-        """Logits of one text, shape (classes,), from its `encodings`."""
+    def logits(self, text: Text, encoding: Encoding | None = None) -> NDArray[np.float32]:
+        """Logits of one text, shape (classes,); of its tokens, where they are known by now."""
+        pieces = self._pieces(text, self.encode(text) if encoding is None else encoding)
         found = [np.asarray(self._run(piece)[0][0], dtype=np.float32) for piece in pieces]
         return found[0] if len(found) == 1 else pooled(np.stack(found), np.zeros(len(found), dtype=int))[0]
 
@@ -133,7 +135,7 @@ class Engine:
         return np.concatenate([self._block_logits(block) for block in blocks])
 
     def _block_logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
-        pieces = self.encodings(texts)
+        pieces = list(map(self._pieces, texts, self.encode_all(texts)))
         owners = [owner for owner, own in enumerate(pieces) for _ in own]
         encodings = [piece for own in pieces for piece in own]
         lengths = np.array([self._rounded(len(encoding.ids)) for encoding in encodings], dtype=np.int64)

@@ -22,7 +22,8 @@ from distill.files import SURROGATE
 
 logger = logging.getLogger(__name__)
 STREAM_BATCH = 4096  # texts that a stream gives a GPU at once
-READ_AHEAD = 1024  # texts whose tokens a CPU holds at once
+READ_AHEAD = 1024  # texts whose tokens a CPU holds at once, if they are not long
+READ_AHEAD_CHARACTERS = 1_000_000
 
 
 def cores() -> int:
@@ -148,20 +149,17 @@ class Classifier:
         if len(texts) == 1:
             return self.logits(texts[0])[np.newaxis]
         logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
-        if self._threads == 1:
-            for index, text in enumerate(texts):
-                logits[index] = self.logits(text)
-            return logits
-        for start in range(0, len(texts), READ_AHEAD):
-            part = slice(start, start + READ_AHEAD)
-            self._fill(logits[part], self._engine.encodings(texts[part]))
+        together = self._threads > 1 and _tokenizer_has_threads()
+        for part in _parts(list(map(_characters, texts))):
+            self._fill(logits[part], texts[part], self._engine.encode_all(texts[part]) if together else None)
         return logits
 
-    def _fill(self, logits: NDArray[np.float32], encodings: Sequence[Sequence[Encoding]]) -> None:
+    def _fill(
+        self, logits: NDArray[np.float32], texts: Sequence[Text], encodings: Sequence[Encoding] | None
+    ) -> None:
         """Write each text's logits into its row, all threads at work."""
         # The longest first, so that no thread is left alone with a long text at the end.
-        order = sorted(range(len(logits)), key=lambda index: -sum(map(len, encodings[index])))
-        waiting = deque(order)
+        waiting = deque(sorted(range(len(texts)), key=lambda index: -_characters(texts[index])))
 
         def work() -> None:
             while waiting:
@@ -169,7 +167,7 @@ class Classifier:
                     index = waiting.popleft()
                 except IndexError:  # another thread took the last one
                     return
-                logits[index] = self._engine.logits_of(encodings[index])
+                logits[index] = self._engine.logits(texts[index], encodings[index] if encodings else None)
 
         helpers = [self._pool.submit(work) for _ in range(min(self._threads, len(logits)) - 1)]
         try:
@@ -248,6 +246,21 @@ class Classifier:
         return answers[0] if single and not legacy else answers
 
 
+def _characters(text: Text) -> int:
+    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+
+
+def _parts(lengths: Sequence[int]) -> Iterator[slice]:
+    """Consecutive texts whose tokens may be held at once."""
+    start = characters = 0
+    for end, length in enumerate(lengths):
+        characters += length
+        if end > start and (end - start == READ_AHEAD or characters > READ_AHEAD_CHARACTERS):
+            yield slice(start, end)
+            start, characters = end, length
+    yield slice(start, len(lengths))
+
+
 def _each_checked(texts: Iterable[Text]) -> Iterator[Text]:
     if isinstance(texts, str):
         raise DistillError("texts: a single string; give a list of strings, as in predict([text])")
@@ -266,14 +279,22 @@ def _each_checked(texts: Iterable[Text]) -> Iterator[Text]:
         yield text
 
 
-# After a fork the child has no threads: a pool of the parent's would wait for ever.
+# After a fork the child has no threads: a pool of the parent's would wait for ever, the tokenizer's too.
 _ALIVE: WeakSet[Classifier] = WeakSet()
+_forked = False
+
+
+def _tokenizer_has_threads() -> bool:
+    """Whether it does, in this process and by the environment (its own rule)."""
+    wanted = os.environ.get("TOKENIZERS_PARALLELISM", "true").lower()
+    return not _forked and wanted not in ("", "off", "false", "f", "no", "n", "0")
 
 
 def _renew_pools() -> None:
+    global _forked
+    _forked = True
     for classifier in _ALIVE:
         classifier.renew_pool()
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are gone too
 
 
 if hasattr(os, "register_at_fork"):

@@ -10,8 +10,8 @@ ONNX Runtime's Attention gives as many rows as it is given. Two graphs give one 
 
   since q b_k^T is the same number for every token, which softmax drops, and the weights of the tokens sum to
   one. So the matrices meet one row in place of every token's, as in the "absorbed" projections of
-  DeepSeek-V2 (https://arxiv.org/abs/2405.04434, section 2.1.2), and with a width of 384 and 32 tokens a
-  seventeenth of the work is left.
+  DeepSeek-V2 (https://arxiv.org/abs/2405.04434, section 2.1.2), and with a width of 384, 12 heads and 32
+  tokens a sixteenth of the work is left.
 """
 
 from typing import Any
@@ -27,12 +27,13 @@ CONTRIB = "com.microsoft"
 MASKED = -10_000.0  # what ONNX Runtime's attention adds to the score of padding
 
 
-def attend_from_first_token(model: onnx.ModelProto, provider: str = "cpu") -> bool:
+def attend_from_first_token(model: onnx.ModelProto, provider: str) -> bool:
     """Let the last fused Attention, of which the first token alone is read, compute one query.
 
     Args:
         model: a graph that went through `keep_first_token`, changed in place.
-        provider: "cpu" or "cuda": whose form it gets.
+        provider: "cpu" or "cuda": whose form it gets, as `fuse` gave its masks: for the CPU one of zeros and
+            ones, shape (texts, tokens).
     """
     graph = Graph(model.graph)
     for pooling in model.graph.node:

@@ -68,7 +68,7 @@ def quantize(model: Path, target: Path, setting: Setting) -> None:
             model,
             target,
             op_types_to_quantize=["MatMul", "Gemm", "Attention"],
-            nodes_to_exclude=[node.name for node in _by_head(onnx.load(model))],
+            nodes_to_exclude=[node.name for node in _by_head(onnx.load(model, load_external_data=False))],
             per_channel=setting.per_channel,
             reduce_range=setting.reduce_range,
             weight_type=QuantType[setting.weight_type],
@@ -86,12 +86,16 @@ def quantize(model: Path, target: Path, setting: Setting) -> None:
 
 
 def _by_head(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The products with one constant matrix a head."""
-    constants = {entry.name: entry for entry in model.graph.initializer}
+    """The products with one constant matrix a head, which `one_query` names."""
+    matrices = {
+        entry.name
+        for entry in model.graph.initializer
+        if len(entry.dims) == 3 and entry.data_type == TensorProto.FLOAT
+    }
     return [
         node
         for node in model.graph.node
-        if node.op_type == "MatMul" and node.input[1] in constants and len(constants[node.input[1]].dims) == 3
+        if node.op_type == "MatMul" and node.name and node.input[1] in matrices
     ]
 
 
@@ -106,6 +110,9 @@ def _store_heads(model: onnx.ModelProto) -> None:
     values = {entry.name: entry for entry in model.graph.initializer}
     for node in _by_head(model):
         name = node.input[1]
+        node.input[1] = f"{name}_fp32"
+        if f"{name}_int8" in constants:
+            continue
         matrices = numpy_helper.to_array(values[name])
         scales = np.maximum(np.abs(matrices).max(axis=-1, keepdims=True), 1e-12) / 127
         constants[f"{name}_int8"] = np.rint(matrices / scales).astype(np.int8)
@@ -114,7 +121,6 @@ def _store_heads(model: onnx.ModelProto) -> None:
             helper.make_node("Cast", [f"{name}_int8"], [f"{name}_steps"], to=TensorProto.FLOAT),
             helper.make_node("Mul", [f"{name}_steps", f"{name}_scale"], [f"{name}_fp32"]),
         ]
-        node.input[1] = f"{name}_fp32"
     replace_nodes(model.graph, [*nodes, *model.graph.node], constants)
 
 
