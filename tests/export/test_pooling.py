@@ -81,11 +81,16 @@ def test_the_last_fused_attention_has_one_query(name, provider, tmp_path):
 
 
 @optimums_graph
-def test_in_int8_the_matrices_of_one_query_are_stored_in_int8_too(tmp_path):
+@pytest.mark.parametrize(
+    "setting",
+    [Setting(fused=True), Setting(fused=True, per_channel=False), Setting(fused=True, attention=True)],
+    ids=str,
+)
+def test_in_int8_the_matrices_of_one_query_are_stored_in_int8_too(setting, tmp_path):
     exported, _ = export_tiny(FIRST_TOKEN["bert"], tmp_path)
     fuse(exported, tmp_path / "fused.onnx", FIRST_TOKEN["bert"])
     shorten(tmp_path / "fused.onnx", tmp_path / "fused.onnx")
-    quantize(tmp_path / "fused.onnx", tmp_path / "int8.onnx", Setting(fused=True))
+    quantize(tmp_path / "fused.onnx", tmp_path / "int8.onnx", setting)
     heads = [entry for entry in onnx.load(tmp_path / "int8.onnx").graph.initializer if len(entry.dims) == 3]
     kinds = sorted((entry.name.rsplit("_", 1)[1], entry.data_type) for entry in heads)
     assert kinds == [("int8", onnx.TensorProto.INT8)] * 2 + [("scale", onnx.TensorProto.FLOAT)] * 2
