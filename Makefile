@@ -10,14 +10,17 @@ demo: install
 test: install
 	OMP_WAIT_POLICY=passive $(BIN)/pytest
 
-# The same tests with transformers 5, in an environment of its own.
-test5:
-	test -d .venv5 || $(PYTHON) -m venv .venv5
-	grep -viE '^(transformers|tokenizers|huggingface|hf[-_]|optimum|typer)' constraints.txt > .venv5/constraints.txt
-	.venv5/bin/pip install --quiet --no-compile --constraint .venv5/constraints.txt torch
-	.venv5/bin/pip install --quiet --no-compile --constraint .venv5/constraints.txt ".[train-5,cpu,qlora,serve,dev]"
-	.venv5/bin/pip install --quiet --no-deps --force-reinstall .
-	OMP_WAIT_POLICY=passive .venv5/bin/pytest
+# The same tests with transformers 5, in an environment that takes all else from the first one. TESTS: which of them.
+TESTS ?= tests
+test5: install
+	test -d $(VENV)5 || $(PYTHON) -m venv $(VENV)5
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$($(VENV)5/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth
+	grep -viE '^(transformers|tokenizers|huggingface|hf[-_]|optimum|typer)' constraints.txt > $(VENV)5/constraints.txt
+	$(VENV)5/bin/pip install --quiet --no-compile --constraint $(VENV)5/constraints.txt ".[train-5,cpu,dev]"
+	$(VENV)5/bin/pip install --quiet --no-deps --force-reinstall .
+	cd $(VENV)5 && OMP_WAIT_POLICY=passive bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+		$(addprefix $(CURDIR)/,$(TESTS))
 
 lint: install
 	$(BIN)/ruff check .
