@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from distill.bundle import TOKENIZER, TOKENIZER_SETTINGS, Bundle
 from distill.errors import DistillError
 from distill.long_texts import HEAD, Reader, pooled
+from distill.word_table import Tokens, WordTable
 
 logger = logging.getLogger(__name__)
 Text = str | tuple[str, str]
@@ -78,51 +79,50 @@ class Engine:
         self.file: str = file or files[provider]
         self._tokenizer, self._padding = _open_tokenizer(parts)
         self._max_length: int = parts.manifest["max_length"]
+        self._words = WordTable.of(self._tokenizer)
         way = parts.manifest.get("long_texts", HEAD)
         self._reader = None if way == HEAD else Reader(_open_tokenizer(parts)[0], self._max_length, way)
         self._session = _open_session(parts, self.file, provider)
         self._inputs = [node.name for node in self._session.get_inputs()]
+        # What two inputs are for every single text.
+        shape = (1, max(1, self._max_length))
+        self._same = {"attention_mask": np.ones(shape, np.int64), "token_type_ids": np.zeros(shape, np.int64)}
         self._output = self._session.get_outputs()[0].name
 
-    def encode(self, text: Text) -> Encoding:
+    def tokens(self, text: Text) -> Tokens:
         """The text's tokens, of its beginning if it is too long."""
-        encoding: Encoding = self._tokenizer.encode(*((text,) if isinstance(text, str) else text))
-        return encoding
+        if self._words is not None and isinstance(text, str):
+            tokens = self._words.tokens(text)
+            if tokens is not None:
+                return tokens
+        return _plain(self._tokenizer.encode(*((text,) if isinstance(text, str) else text)))
 
-    def encode_all(self, texts: Sequence[Text]) -> list[Encoding]:
-        """The same of several texts, in threads of the tokenizer's own and without Python's lock."""
-        # The fast form leaves out offsets, and, with some tokenizers, which text of a pair a token is of.
-        fast = all(isinstance(text, str) for text in texts)
-        encode = self._tokenizer.encode_batch_fast if fast else self._tokenizer.encode_batch
-        encodings: list[Encoding] = encode(list(texts))
-        return encodings
-
-    def _pieces(self, text: Text, encoding: Encoding) -> list[Encoding]:
+    def _pieces(self, text: Text, tokens: Tokens) -> list[Tokens]:
         """The pieces in which the model reads the text: itself, or more than the beginning of a long one."""
-        if self._reader and isinstance(text, str) and encoding.overflowing:
-            return list(map(self._tokenizer.encode, self._reader.pieces(text)))
-        return [encoding]
+        if self._reader and isinstance(text, str) and tokens.cut:
+            return list(map(self.tokens, self._reader.pieces(text)))
+        return [tokens]
 
     def outputs(self, text: Text) -> list[NDArray[Any]]:
         """All outputs of the graph for one text, as a batch of one; the first are the logits.
 
         Of a text that is read in windows, those for the first.
         """
-        return self._run(self._pieces(text, self.encode(text))[0])
+        return self._run(self._pieces(text, self.tokens(text))[0])
 
-    def _run(self, encoding: Encoding) -> list[NDArray[Any]]:
+    def _run(self, tokens: Tokens) -> list[NDArray[Any]]:
         # The empty text has no token, where a tokenizer adds none at the ends.
-        ids = np.array([encoding.ids or [self._padding]], dtype=np.int64)
-        columns = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-        if "token_type_ids" in self._inputs:
-            columns["token_type_ids"] = np.array([encoding.type_ids or [0]], dtype=np.int64)
+        ids = np.array([tokens.ids or [self._padding]], dtype=np.int64)
+        columns = {"input_ids": ids, **{name: same[:, : ids.shape[1]] for name, same in self._same.items()}}
+        if tokens.type_ids:
+            columns["token_type_ids"] = np.array([tokens.type_ids], dtype=np.int64)
         feeds = {name: columns[name] for name in self._inputs}
         outputs: list[NDArray[Any]] = self._session.run(None, feeds)
         return outputs
 
-    def logits(self, text: Text, encoding: Encoding | None = None) -> NDArray[np.float32]:
-        """Logits of one text, shape (classes,); of its tokens, where they are known by now."""
-        pieces = self._pieces(text, self.encode(text) if encoding is None else encoding)
+    def logits(self, text: Text) -> NDArray[np.float32]:
+        """Logits of one text, shape (classes,)."""
+        pieces = self._pieces(text, self.tokens(text))
         found = [np.asarray(self._run(piece)[0][0], dtype=np.float32) for piece in pieces]
         return found[0] if len(found) == 1 else pooled(np.stack(found), np.zeros(len(found), dtype=int))[0]
 
@@ -135,21 +135,25 @@ class Engine:
         return np.concatenate([self._block_logits(block) for block in blocks])
 
     def _block_logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
-        pieces = list(map(self._pieces, texts, self.encode_all(texts)))
+        # All at once: in threads of the tokenizer's own and without Python's lock. The fast form leaves out
+        # offsets, and, with some tokenizers, which text of a pair a token is of.
+        single = all(isinstance(text, str) for text in texts)
+        encode = self._tokenizer.encode_batch_fast if single else self._tokenizer.encode_batch
+        pieces = list(map(self._pieces, texts, map(_plain, encode(list(texts)))))
         owners = [owner for owner, own in enumerate(pieces) for _ in own]
-        encodings = [piece for own in pieces for piece in own]
-        lengths = np.array([self._rounded(len(encoding.ids)) for encoding in encodings], dtype=np.int64)
+        tokens = [piece for own in pieces for piece in own]
+        lengths = np.array([self._rounded(len(piece.ids)) for piece in tokens], dtype=np.int64)
         found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
         for rows in _batches(lengths):
             binding = self._session.io_binding()
-            for name, values in self._padded([encodings[row] for row in rows]).items():
+            for name, values in self._padded([tokens[row] for row in rows]).items():
                 if name in self._inputs:
                     value = onnxruntime.OrtValue.ortvalue_from_numpy(values, self.provider, 0)
                     binding.bind_ortvalue_input(name, value)
             binding.bind_output(self._output, self.provider)
             self._session.run_with_iobinding(binding)
             found.append((rows, np.asarray(binding.copy_outputs_to_cpu()[0], dtype=np.float32)))
-        logits = np.empty((len(encodings), found[0][1].shape[1]), dtype=np.float32)
+        logits = np.empty((len(tokens), found[0][1].shape[1]), dtype=np.float32)
         for rows, part in found:
             logits[rows] = part
         return pooled(logits, owners)
@@ -158,19 +162,19 @@ class Engine:
         """Tokens that a text takes with its padding, never more than the model has positions for."""
         return min(-(-max(1, length) // PADDED_TO) * PADDED_TO, max(length, self._max_length))
 
-    def _padded(self, encodings: Sequence[Encoding]) -> dict[str, NDArray[np.int64]]:
-        longest = max(len(encoding.ids) for encoding in encodings)
-        shape = (len(encodings), self._rounded(longest))
+    def _padded(self, pieces: Sequence[Tokens]) -> dict[str, NDArray[np.int64]]:
+        longest = max(len(piece.ids) for piece in pieces)
+        shape = (len(pieces), self._rounded(longest))
         columns = {
             "input_ids": np.full(shape, self._padding, dtype=np.int64),
             "attention_mask": np.zeros(shape, dtype=np.int64),
             "token_type_ids": np.zeros(shape, dtype=np.int64),
         }
-        for row, encoding in enumerate(encodings):
-            length = len(encoding.ids)
-            columns["input_ids"][row, :length] = encoding.ids
+        for row, piece in enumerate(pieces):
+            length = len(piece.ids)
+            columns["input_ids"][row, :length] = piece.ids
             columns["attention_mask"][row, : max(1, length)] = 1
-            columns["token_type_ids"][row, :length] = encoding.type_ids
+            columns["token_type_ids"][row, :length] = piece.type_ids or 0
         return columns
 
 
@@ -182,6 +186,10 @@ def _batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         rows = order[start : start + max(1, BATCH_TOKENS // int(lengths[order[start]]))]
         yield rows
         start += len(rows)
+
+
+def _plain(encoding: Any) -> Tokens:
+    return Tokens(encoding.ids, encoding.type_ids, bool(encoding.overflowing))
 
 
 def _open_tokenizer(parts: Bundle) -> tuple[Tokenizer, int]:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,6 @@ from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding
 
 from distill.bundle import Bundle, open_bundle
 from distill.decision import MULTI_LABEL, Decision
@@ -22,8 +21,6 @@ from distill.files import SURROGATE
 
 logger = logging.getLogger(__name__)
 STREAM_BATCH = 4096  # texts that a stream gives a GPU at once
-READ_AHEAD = 1024  # texts whose tokens a CPU holds at once, if they are not long
-READ_AHEAD_CHARACTERS = 1_000_000
 
 
 def cores() -> int:
@@ -149,15 +146,6 @@ class Classifier:
         if len(texts) == 1:
             return self.logits(texts[0])[np.newaxis]
         logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
-        together = self._threads > 1 and _tokenizer_has_threads()
-        for part in _parts(list(map(_characters, texts))):
-            self._fill(logits[part], texts[part], self._engine.encode_all(texts[part]) if together else None)
-        return logits
-
-    def _fill(
-        self, logits: NDArray[np.float32], texts: Sequence[Text], encodings: Sequence[Encoding] | None
-    ) -> None:
-        """Write each text's logits into its row, all threads at work."""
         # The longest first, so that no thread is left alone with a long text at the end.
         waiting = deque(sorted(range(len(texts)), key=lambda index: -_characters(texts[index])))
 
@@ -167,9 +155,9 @@ class Classifier:
                     index = waiting.popleft()
                 except IndexError:  # another thread took the last one
                     return
-                logits[index] = self._engine.logits(texts[index], encodings[index] if encodings else None)
+                logits[index] = self._engine.logits(texts[index])
 
-        helpers = [self._pool.submit(work) for _ in range(min(self._threads, len(logits)) - 1)]
+        helpers = [self._pool.submit(work) for _ in range(min(self._threads, len(texts)) - 1)]
         try:
             work()
         finally:
@@ -178,6 +166,7 @@ class Classifier:
             # One that has not started, because other callers keep the pool busy, is not needed any more.
             if not helper.cancel():
                 helper.result()
+        return logits
 
     async def apredict_logits(self, texts: Iterable[Text]) -> NDArray[np.float32]:
         """`predict_logits` for asyncio: on the classifier's own threads, so that the event loop goes on."""
@@ -250,17 +239,6 @@ def _characters(text: Text) -> int:
     return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
 
 
-def _parts(lengths: Sequence[int]) -> Iterator[slice]:
-    """Consecutive texts whose tokens may be held at once."""
-    start = characters = 0
-    for end, length in enumerate(lengths):
-        characters += length
-        if end > start and (end - start == READ_AHEAD or characters > READ_AHEAD_CHARACTERS):
-            yield slice(start, end)
-            start, characters = end, length
-    yield slice(start, len(lengths))
-
-
 def _each_checked(texts: Iterable[Text]) -> Iterator[Text]:
     if isinstance(texts, str):
         raise DistillError("texts: a single string; give a list of strings, as in predict([text])")
@@ -279,20 +257,11 @@ def _each_checked(texts: Iterable[Text]) -> Iterator[Text]:
         yield text
 
 
-# After a fork the child has no threads: a pool of the parent's would wait for ever, the tokenizer's too.
+# After a fork the child has no threads: a pool of the parent's would wait for ever.
 _ALIVE: WeakSet[Classifier] = WeakSet()
-_forked = False
-
-
-def _tokenizer_has_threads() -> bool:
-    """Whether it does, in this process and by the environment (its own rule)."""
-    wanted = os.environ.get("TOKENIZERS_PARALLELISM", "true").lower()
-    return not _forked and wanted not in ("", "off", "false", "f", "no", "n", "0")
 
 
 def _renew_pools() -> None:
-    global _forked
-    _forked = True
     for classifier in _ALIVE:
         classifier.renew_pool()
 
