@@ -7,10 +7,15 @@ BIN = $(VENV)/bin
 demo: install
 	$(BIN)/distill demo --output demo
 
-test: install
-	OMP_WAIT_POLICY=passive $(BIN)/pytest
+# Two tests at once, each on one core; a file's tests share what they train.
+PYTEST_OPTIONS = -n 2 --dist loadscope
+test test5: export OMP_WAIT_POLICY = passive
+test test5: export OMP_NUM_THREADS = 1
 
-# The same tests with transformers 5, in an environment that takes all else from the first one. TESTS: which of them.
+test: install
+	$(BIN)/pytest $(PYTEST_OPTIONS)
+
+# Tests with transformers 5, in an environment that takes all else from the first one. TESTS: which of them.
 TESTS ?= tests
 test5: install
 	test -d $(VENV)5 || $(PYTHON) -m venv $(VENV)5
@@ -19,7 +24,7 @@ test5: install
 	grep -viE '^(transformers|tokenizers|huggingface|hf[-_]|optimum|typer)' constraints.txt > $(VENV)5/constraints.txt
 	$(VENV)5/bin/pip install --quiet --no-compile --constraint $(VENV)5/constraints.txt ".[train-5,cpu,dev]"
 	$(VENV)5/bin/pip install --quiet --no-deps --force-reinstall .
-	cd $(VENV)5 && OMP_WAIT_POLICY=passive bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	cd $(VENV)5 && bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(PYTEST_OPTIONS) \
 		$(addprefix $(CURDIR)/,$(TESTS))
 
 lint: install
