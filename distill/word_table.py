@@ -13,7 +13,7 @@ from tokenizers.models import BPE, WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
 
-SIZE = 2**15  # words that are remembered
+SIZE = 2**14  # words that are remembered
 LONGEST = 32  # characters of one
 # BERT: each mark of ASCII is a word, and blanks lie between; what else divides words the tokenizer sees.
 _BERT = re.compile(r"[^ \t\n\r!-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]").findall
@@ -51,42 +51,48 @@ class WordTable(dict[str, list[int]]):
         """
         super().__init__()
         self._tokenizer, self._model = tokenizer, tokenizer.model
-        normalizer, splitter = tokenizer.normalizer, tokenizer.pre_tokenizer
+        normalizer, splitter, truncation = tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.truncation
         kinds = type(normalizer), type(splitter), type(self._model)
-        self._lowercase = False
-        added = tokenizer.get_added_tokens_decoder().values()
-        self._not_words = [token.content for token in added]
-        if kinds == (BertNormalizer, BertPreTokenizer, WordPiece):
-            self._words, self._lowercase = _BERT, normalizer.lowercase
-        elif (
+        self._bert = kinds == (BertNormalizer, BertPreTokenizer, WordPiece)
+        byte_level = (
             kinds == (type(None), ByteLevel, BPE)
             and (splitter.use_regex, splitter.add_prefix_space) == (True, False)
             and not self._model.dropout
-        ):
-            self._words = _BYTE_LEVEL
-        else:
+        )
+        if not (self._bert or byte_level):
             raise ValueError("a tokenizer of another kind")
+        if (truncation["direction"], truncation["strategy"]) != ("right", "longest_first"):
+            raise ValueError("a tokenizer that cuts in another way")
+        self._words = _BERT if self._bert else _BYTE_LEVEL
+        self._lowercase = self._bert and normalizer.lowercase
+        added = tokenizer.get_added_tokens_decoder().values()
+        # Those that are looked for in normalized text, which of plain text alone is known here.
+        late = [token.content for token in added if token.normalized and self._bert]
+        if not all(map(_is_plain, late)):
+            raise ValueError("a tokenizer with added tokens that are not plain")
+        self._plain_alone = bool(late) or byte_level
+        contents = {token.content for token in added}
+        self._not_words = sorted(contents | {content.lower() for content in contents if self._lowercase})
         whole, inner = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False).ids
-        before = whole.special_tokens_mask.index(0) if 0 in whole.special_tokens_mask else 0
+        before = whole.special_tokens_mask.index(0)
         self._before, self._after = whole.ids[:before], whole.ids[before + len(inner) :]
-        truncation = tokenizer.truncation
-        self._room: int = truncation["max_length"] - len(self._before) - len(self._after)
-        plain = truncation["direction"] == "right" and not any(whole.type_ids) and self._room > 0
-        # What is looked for in normalized text may lie across words.
-        across = any(token.normalized for token in added) and normalizer is not None
-        if not plain or across or whole.ids != [*self._before, *inner, *self._after]:
-            raise ValueError("a tokenizer that does more than read words")
+        self._end: int = truncation["max_length"] - len(self._after)
+        # Without special tokens a word that the tokenizer cuts would not be seen to be cut.
+        if not self._before + self._after or any(whole.type_ids) or self._end <= before:
+            raise ValueError("a tokenizer with other special tokens")
+        if not inner or whole.ids != self._before + inner + self._after:
+            raise ValueError("a tokenizer that adds more than special tokens")
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "WordTable | None":
         """One for this tokenizer; None where there is none."""
         try:
             return cls(tokenizer)
-        except ValueError:
+        except Exception:  # tokenizers raises no other kind, as for "a" where that and [UNK] are missing
             return None
 
     def __missing__(self, word: str) -> list[int]:
-        if word.isascii() and word.isprintable():
+        if _is_plain(word):
             plain = word.lower() if self._lowercase else word.replace(" ", "Ġ")
             ids = [piece.id for piece in self._model.tokenize(plain)]
         else:
@@ -99,17 +105,21 @@ class WordTable(dict[str, list[int]]):
 
     def tokens(self, text: str) -> Tokens | None:
         """What the tokenizer would give; None where only it can tell."""
+        if _is_plain(text) or (not self._bert and text.isascii()):
+            text = text.lower() if self._lowercase else text
+        elif self._plain_alone:
+            return None
         for content in self._not_words:
             if content in text:
                 return None
-        if text.isascii():
-            text = text.lower() if self._lowercase else text
-        elif self._words is _BYTE_LEVEL:
-            return None
         ids = [*self._before, *chain.from_iterable(map(self.__getitem__, self._words(text)))]
-        end = len(self._before) + self._room
-        cut = len(ids) > end
+        cut = len(ids) > self._end
         if cut:
-            del ids[end:]
+            del ids[self._end :]
         ids += self._after
         return Tokens(ids, None, cut)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether it is letters, digits, marks and blanks of ASCII, which BERT's normalizer lowers at most."""
+    return text.isascii() and text.isprintable()

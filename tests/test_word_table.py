@@ -2,7 +2,7 @@ import random
 
 import pytest
 from conftest import make_rows, train_tokenizer
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from distill import word_table
 from distill.word_table import WordTable
@@ -12,7 +12,21 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ODD = [
     *"  \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u2028\u3000\u200b\ufeff\x00\x7f\xad'’\"!?.,-_[]#@ΣςİıßÅé\u0301\u0338≠ＡﬁŒ中国の가\u1100👍🏽"
 ]
-WORDS = [*SPECIAL, "[mask]", "  ", "don't", "I'LL", "##ly", "x" * 120, "é" * 101, "love", "Phone", "Lovely,"]
+WORDS = [
+    *SPECIAL,
+    "[mask]",
+    "  ",
+    "don't",
+    "a\x7fABC",
+    "abc",
+    "I'LL",
+    "##ly",
+    "x" * 120,
+    "é" * 101,
+    "love",
+    "Phone",
+    "Lovely,",
+]
 
 
 def _tokenizer(kind: str = "wordpiece", **normalizer: bool) -> Tokenizer:
@@ -20,6 +34,24 @@ def _tokenizer(kind: str = "wordpiece", **normalizer: bool) -> Tokenizer:
     tokenizer = train_tokenizer(kind, corpus, SPECIAL)
     if kind == "wordpiece":
         tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.enable_truncation(16)
+    return tokenizer
+
+
+def _changed(kind: str, change) -> Tokenizer:
+    tokenizer = _tokenizer(kind)
+    change(tokenizer)
+    return tokenizer
+
+
+def _without_a(model) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    wordpiece = isinstance(model, models.WordPiece)
+    if wordpiece:
+        tokenizer.normalizer = normalizers.BertNormalizer()
+    splitters = pre_tokenizers.BertPreTokenizer(), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = splitters[0 if wordpiece else 1]
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.enable_truncation(16)
     return tokenizer
@@ -37,7 +69,7 @@ def _texts(count: int) -> list[str]:
         lambda: generator.choice("abcXYZ019 "),
     ]
     made = ["".join(generator.choice(kinds)() for _ in range(generator.randrange(14))) for _ in range(count)]
-    return made + [text for text, _ in make_rows(50, seed=1)]
+    return made + [f"{text} {text.title()}!" for text, _ in make_rows(50, seed=1)]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +80,8 @@ def _texts(count: int) -> list[str]:
         _tokenizer(lowercase=False, strip_accents=True),
         _tokenizer(strip_accents=False, clean_text=False),
         _tokenizer(lowercase=False, strip_accents=False, clean_text=False, handle_chinese_chars=False),
+        _changed("wordpiece", lambda one: one.add_tokens([AddedToken("Phone,", normalized=True), "[love]"])),
+        _changed("wordpiece", lambda one: one.add_tokens([AddedToken("abc", normalized=False)])),
         _tokenizer("byte-level bpe"),
     ],
 )
@@ -78,19 +112,17 @@ def test_special_tokens_in_a_text_are_left_to_the_tokenizer():
     assert WordTable(_tokenizer()).tokens("a [MASK] phone") is None
 
 
-def _changed(kind: str, change) -> Tokenizer:
-    tokenizer = _tokenizer(kind)
-    change(tokenizer)
-    return tokenizer
-
-
 @pytest.mark.parametrize(
     "tokenizer",
     [
         _tokenizer("unigram"),
         _changed("wordpiece", lambda one: setattr(one, "normalizer", normalizers.Lowercase())),
         _changed("wordpiece", lambda one: setattr(one, "pre_tokenizer", pre_tokenizers.Whitespace())),
-        _changed("wordpiece", lambda one: one.add_tokens([AddedToken("very phone", normalized=True)])),
+        _changed("wordpiece", lambda one: one.add_tokens([AddedToken("très phone", normalized=True)])),
+        _changed("wordpiece", lambda one: one.enable_truncation(16, strategy="only_first")),
+        _changed("byte-level bpe", lambda one: setattr(one, "post_processor", None)),
+        _without_a(models.WordPiece({"[PAD]": 0, "b": 1, "[CLS]": 2, "[SEP]": 3})),
+        _without_a(models.BPE({"[PAD]": 0, "b": 1, "[CLS]": 2, "[SEP]": 3}, [])),
         _changed("wordpiece", lambda one: one.enable_truncation(16, direction="left")),
         _changed("wordpiece", lambda one: one.enable_truncation(2)),
         _changed("byte-level bpe", lambda one: setattr(one.model, "dropout", 0.1)),
