@@ -59,6 +59,7 @@ class TrainingOptions:
         return self.output.parent / "checkpoints" / self.output.name
 
 
+EVALUATIONS = 5  # of a training on few texts, whatever its epochs, so that the trials of a search compare
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit"}
 
 
@@ -86,10 +87,9 @@ def length_of(options: TrainingOptions, cut: Plan, texts: int) -> dict[str, Any]
         length = {"num_train_epochs": options.epochs, "max_steps": options.max_steps}
         return {**length, "eval_strategy": "epoch", "save_strategy": "epoch"}
     logger.info("Few texts: %d steps, %.0f epochs", options.min_steps, options.min_steps / an_epoch)
-    evaluations = max(1, round(options.epochs))
-    every = math.ceil(options.min_steps / evaluations)
+    every = math.ceil(options.min_steps / EVALUATIONS)
     return {
-        "max_steps": every * evaluations,
+        "max_steps": every * EVALUATIONS,
         "eval_strategy": "steps",
         "eval_steps": every,
         "save_strategy": "steps",

@@ -70,9 +70,10 @@ def output_options(default: str) -> Callable[[Callable], Callable]:
 
 
 def enough_steps(min_steps: int) -> int:
-    """`--min-steps` as it counts: not at all where somebody has said how many epochs."""
-    source = click.get_current_context().get_parameter_source("epochs")
-    return min_steps if source in (None, ParameterSource.DEFAULT) else 0
+    """`--min-steps` as it counts: not where somebody has said how many epochs, and nothing of steps."""
+    context, unsaid = click.get_current_context(), (None, ParameterSource.DEFAULT)
+    epochs, steps = map(context.get_parameter_source, ("epochs", "min_steps"))
+    return min_steps if epochs in unsaid or steps not in unsaid else 0
 
 
 def _installed(context: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -97,7 +98,7 @@ def training_options(epochs: float, learning_rate: float) -> Callable[[Callable]
                     "--min-steps",
                     type=click.IntRange(min=0),
                     default=MIN_STEPS,
-                    help="Where --epochs is left out: as many, in more passes over few texts.",
+                    help="At least as many; left out beside --epochs, there is no such limit.",
                 ),
                 click.option("--batch-size", type=POSITIVE, default=32, help="Texts a step, per device."),
                 click.option(

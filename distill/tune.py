@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from distill import processes
 from distill.errors import DistillError
-from distill.options import POSITIVE, RATE, say_loading
+from distill.options import POSITIVE, RATE, enough_steps, say_loading
 
 logger = logging.getLogger(__name__)
 # Stage: where its command is, what trains with its options and gives macro-F1, and what is searched.
@@ -52,7 +52,7 @@ OWN: list[click.Parameter] = [
     click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
 ]
 Rename = Callable[[str, dict[str, Any], click.Command], dict[str, Any]]
-NOT_TUNED = ("output", "overwrite", "resume", "as_json", "report_to", "folds", "min_steps")
+NOT_TUNED = ("output", "overwrite", "resume", "as_json", "report_to", "folds")
 
 
 class TuneGroup(click.Group):
@@ -138,6 +138,7 @@ def _tune(
     context = click.get_current_context()
     parameters = {str(one.name): one for one in context.command.params if str(one.name) in options}
     space = _space(stage, search, parameters)
+    options["min_steps"] = enough_steps(options["min_steps"])
     if options.get("speedup") or options.get("latency_budget"):
         if not options.get("layers") and "layers" not in space:
             raise DistillError(
@@ -174,7 +175,11 @@ def _tune(
         raise
     finally:
         logging.getLogger("distill").setLevel(level)
-    _write_report(opened.study, folder, stage, found)
+    said = context.get_parameter_source("min_steps") == ParameterSource.COMMANDLINE
+    if "epochs" in space and "min_steps" not in space and (options["min_steps"] or said):
+        # Epochs that somebody has chosen would count alone.
+        found = replace(found, best={**found.best, "min_steps": options["min_steps"]})
+    _write_report(opened, folder, stage, found)
     if found.improved:
         write_options(config, stage, found.best)
     _show(found, stage, folder, config, as_json)
@@ -266,11 +271,11 @@ def write_options(path: Path, stage: str, values: dict[str, Any]) -> None:
     path.write_text(tomlkit.dumps(document), encoding="utf-8")
 
 
-def _write_report(study: Any, folder: Path, stage: str, found: Any) -> None:
+def _write_report(opened: Any, folder: Path, stage: str, found: Any) -> None:
     from distill.tuning import draw, short
 
+    study, names = opened.study, list(opened.space)
     draw(study, folder)
-    names = list(found.best)
     with (folder / "trials.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["trial", "state", "macro_f1", *(name.replace("_", "-") for name in names)])

@@ -8,7 +8,7 @@ from conftest import make_configs, make_tokenizer
 from datasets import Dataset
 
 from distill import options as options_module
-from distill.arguments import TrainingOptions, length_of, training_arguments
+from distill.arguments import EVALUATIONS, TrainingOptions, length_of, training_arguments
 from distill.memory import Plan
 from distill.trainer import LossTrainer, is_new, tokenize
 from distill.training import _tell_long
@@ -76,24 +76,32 @@ def test_a_tracker_that_is_not_installed_is_refused(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("texts", "epochs", "steps", "evaluations"),
-    [(64, 3.0, 201, 3), (64, 5.0, 200, 5), (6400, 3.0, None, None), (100, 0.5, 200, 1)],
+    ("texts", "epochs", "least", "steps"),
+    [(64, 3.0, 200, 200), (64, 5.0, 201, 205), (6400, 3.0, 200, None), (100, 0.5, 200, 200), (9, 0.5, 2, 5)],
 )
-def test_few_texts_get_enough_steps_and_as_many_evaluations_as_epochs(
-    tmp_path, texts, epochs, steps, evaluations
-):
-    options = TrainingOptions(output=tmp_path / "t", epochs=epochs, min_steps=200)
+def test_few_texts_get_enough_steps_and_evaluations(tmp_path, texts, epochs, least, steps):
+    options = TrainingOptions(output=tmp_path / "t", epochs=epochs, min_steps=least)
     length = length_of(options, Plan(32, 1), texts)
     if steps is None:
         assert length["num_train_epochs"] == epochs and length["eval_strategy"] == "epoch"
     else:
-        assert length["max_steps"] == steps == evaluations * length["eval_steps"]
+        assert length["max_steps"] == steps == EVALUATIONS * length["eval_steps"]
         assert length["save_steps"] == length["eval_steps"]
     assert length_of(replace(options, max_steps=7), Plan(32, 1), texts)["max_steps"] == 7
 
 
-@pytest.mark.parametrize(("given", "steps"), [((), 200), (("--epochs", 2), 0), (("--min-steps", 50), 50)])
-def test_the_least_number_of_steps_counts_where_no_epochs_are_given(run, tmp_path, monkeypatch, given, steps):
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ((), 200),
+        (("--epochs", 2), 0),
+        (("--min-steps", 50), 50),
+        (("--epochs", 2, "--min-steps", 50), 50),
+    ],
+)
+def test_the_least_number_of_steps_counts_where_it_or_no_epochs_are_given(
+    run, tmp_path, monkeypatch, given, steps
+):
     seen = []
     monkeypatch.setattr("distill.teacher.training.train_teacher", lambda options: seen.append(options))
     monkeypatch.setattr("distill.teacher.command.show_stage", lambda *_: None)

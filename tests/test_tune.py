@@ -285,6 +285,36 @@ def test_a_teacher_is_tuned_on_validation_alone_and_train_teacher_takes_what_was
     assert manifest.metrics["validation"]["macro_f1"] == pytest.approx(found["score"], abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps"), [("", 200), ("epochs = 3\n", 0), ("epochs = 3\nmin-steps = 50\n", 50)]
+)
+def test_trials_have_the_least_number_of_steps_of_today_and_distill_toml_gets_it(
+    run, here, data_file, monkeypatch, settings, steps
+):
+    seen = []
+
+    def train(**options):
+        seen.append(options)
+        return len(seen) / 10
+
+    monkeypatch.setattr("distill.teacher.training.tune_teacher", train)
+    Path("distill.toml").write_text(f"[train-teacher]\n{settings}")
+    command = ("tune", "train-teacher", "--data", str(data_file), "--model", "m", "--trials", "3")
+    result = run(*command)
+    assert result.exit_code == 0, result.stderr
+    assert seen[0]["epochs"] == 3 and [one["min_steps"] for one in seen] == [steps] * 3
+    written = Path("distill.toml").read_text()
+    assert "epochs = " in written and (f"min-steps = {steps}" in written) == bool(steps)
+    result = run(*command[:-1], "4")  # goes on: what was written is the same for its trials
+    assert result.exit_code == 0, result.stderr
+    assert seen[-1]["min_steps"] == steps and len(seen) == 4
+    if steps:  # what is typed is as good as what is written
+        assert f"| min-steps | {steps} |" in Path("runs/tune/train-teacher/report.md").read_text()
+        result = run(*command, "--min-steps", "0", "--output", "other")
+        assert result.exit_code == 0 and seen[-1]["min_steps"] == 0, result.stderr
+        assert "min-steps = 0" in Path("distill.toml").read_text()
+
+
 @pytest.mark.slow
 def test_a_student_is_tuned(run, here, chain):
     result = run(
