@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from distill.artifact import sha256
-from distill.bundle import MANIFEST
+from distill.bundle import MANIFEST, open_bundle, second_column
 from distill.errors import DistillError
 from distill.files import TEXT_COLUMNS, find_column
 from distill.ray_data import ROW_HASH, map_parquet, open_parquet, place_of, start_ray
@@ -166,7 +166,8 @@ def predict_with_ray(
     _, inner = place_of(source)
     if f"{place}/".startswith(f"{inner}/") or f"{inner}/".startswith(f"{place}/"):
         raise DistillError(f"--output {output}: in, or around, what is read; choose another folder")
-    columns = _columns(source, given.schema, text_column, text_pair_column)
+    pair = text_pair_column or second_column(open_bundle(bundle).manifest)
+    columns = _columns(source, given.schema, text_column, pair)
     if provider == "cpu":
         Classifier(bundle, provider=provider, file=file)  # what is wrong with it is told here
     record = {

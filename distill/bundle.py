@@ -57,6 +57,12 @@ def open_bundle(place: str | Path, sealed: bool = True) -> Bundle:
     return _Folder(place, sealed)
 
 
+def second_column(manifest: Mapping[str, Any]) -> str | None:
+    """The column with the second text of the pairs that a bundle was made for; None if for single texts."""
+    column: str | None = manifest.get("data", {}).get("columns", {}).get("text_pair")
+    return column
+
+
 def seal_manifest(content: Mapping[str, Any]) -> str:
     """Hexadecimal SHA-256 of a manifest's content, whatever its layout; the entry that holds it left out."""
     rest = {key: value for key, value in content.items() if key != _SEAL}

@@ -49,6 +49,11 @@ def texts_of_rows(
     chosen = None
     for number, row in rows:
         chosen = chosen or find_column(name, list(row), column, TEXT_COLUMNS, "--text-column")
+        if pair is not None and pair not in row:
+            raise DistillError(
+                f"{name}: no column {pair!r} with the second text of each pair; name it with "
+                f"--text-pair-column; found {', '.join(row)}"
+            )
         for wanted in filter(None, (chosen, pair)):
             if not isinstance(row.get(wanted), str):
                 raise DistillError(
@@ -156,7 +161,7 @@ def _predict_with_ray(
     "--format", "form", type=click.Choice(FORMATS), help="Of standard input [text: one text a line]."
 )
 @click.option("--text-column", help="Column with the text [found by its usual names].")
-@click.option("--text-pair-column", help="Column with a second text, for pairs.")
+@click.option("--text-pair-column", help="Column with a second text, for pairs [as in training].")
 @click.option(
     "--output",
     help="File to write: .csv, .tsv or .jsonl [standard output]; with --engine ray a folder, or an address.",
@@ -203,6 +208,7 @@ def predict(
             text_column, text_pair_column, provider, file, workers, overwrite,
         )  # fmt: skip
         return
+    from distill.bundle import open_bundle, second_column
     from distill.runtime import Classifier
 
     place = Path(output) if output else None
@@ -213,7 +219,12 @@ def predict(
         )
     name = "standard input" if source == "-" else source
     rows, again = tee(_standard_input(form or "text") if source == "-" else read_rows(Path(source)))
-    classifier = Classifier(bundle, provider=provider, file=file, threads=threads)
+    parts = open_bundle(bundle)
+    text_pair_column = text_pair_column or second_column(parts.manifest)
+    classifier = Classifier(parts, provider=provider, file=file, threads=threads)
+    several = classifier.labels if classifier.thresholds is not None and target != "jsonl" else []
+    if joined := next((label for label in several if SEPARATOR in label), None):
+        raise DistillError(f'label {joined!r}: holds the "|" that joins a text\'s labels; add --json')
     answers = classifier.stream_logits(texts_of_rows(again, name, text_column, text_pair_column))
     added = ("prediction", "score", *(["probabilities"] if as_json else []))
     with _writer(place, target) as write:

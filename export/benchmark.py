@@ -19,6 +19,7 @@ from distill.export.cold_start import cold_start
 from numpy.typing import NDArray
 
 from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest
+from distill.bundle import second_column
 from distill.engine import Text
 from distill.errors import DistillError
 from distill.files import read_rows
@@ -152,7 +153,8 @@ def _texts(options: BenchmarkOptions, bundle: Manifest) -> list[Text]:
         texts: list[Text] = list(texts_of(reload_data(bundle.data, bundle.labels).splits["test"]))
         return _spread(texts, options.texts)
     rows = islice(read_rows(options.source), READ_ROWS)
-    found = list(texts_of_rows(rows, str(options.source), options.text_column, options.text_pair_column))
+    pair = options.text_pair_column or second_column(asdict(bundle))
+    found = list(texts_of_rows(rows, str(options.source), options.text_column, pair))
     if not found:
         raise DistillError(f"{options.source}: no text in it; give a file with at least one")
     return _spread(found, options.texts)

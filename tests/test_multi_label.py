@@ -225,6 +225,20 @@ def test_predict_writes_all_labels_of_a_text(runs, run, tmp_path, form):
         assert [line.split(",")[1] for line in lines] == ["|".join(labels) for labels in expected]
 
 
+def test_a_label_that_holds_what_joins_labels_is_not_written_into_a_table(runs, run, monkeypatch):
+    opened = Classifier.__init__
+
+    def rename(self, *args, **options):
+        opened(self, *args, **options)
+        self.labels[0] = "a|b"
+
+    monkeypatch.setattr(Classifier, "__init__", rename)
+    result = run("predict", "--bundle", str(runs / "export"), input="lovely\n")
+    assert result.exit_code == 1 and "label 'a|b'" in result.stderr and "--json" in result.stderr
+    result = run("predict", "--bundle", str(runs / "export"), "--json", input="lovely\n")
+    assert result.exit_code == 0, result.stderr
+
+
 def test_the_service_answers_with_all_labels(runs):
     texts = [text for text, _ in make_labelled(8, seed=5)]
     with TestClient(service.create_app(service.Settings(bundle=runs / "export"))) as client:

@@ -6,6 +6,7 @@ import pytest
 from conftest import make_rows, write_csv
 
 from distill import Classifier
+from distill.bundle import open_bundle, second_column
 
 ROWS = make_rows(20, seed=11)
 TEXTS = [text for text, _ in ROWS]
@@ -111,3 +112,20 @@ def test_the_input_is_never_the_output(chain, run, tmp_path):
     result = run("predict", tmp_path / "in.csv", *arguments)
     assert result.exit_code == 1 and "the file that is read" in result.output
     assert (tmp_path / "in.csv").read_text() == "text\nlovely\n"
+
+
+def test_a_bundle_of_pairs_looks_for_the_second_column_that_it_was_trained_on(
+    chain, run, tmp_path, monkeypatch
+):
+    assert second_column({"data": {"columns": {"text": None, "text_pair": "second"}}}) == "second"
+    assert second_column(open_bundle(chain.export).manifest) is None
+    monkeypatch.setattr("distill.bundle.second_column", lambda manifest: "second")
+    rows = [("lovely phone", "awful"), ("it was", "great")]
+    source = write_csv(tmp_path / "in.csv", rows, ("text", "second"))
+    result = run("predict", source, "--bundle", chain.export)
+    assert result.exit_code == 0, result.output
+    found = [line.split(",")[2] for line in result.stdout.splitlines()[1:]]
+    assert found == Classifier(chain.export).predict(rows)
+    result = run("predict", "--bundle", chain.export, input="lovely\n")
+    assert result.exit_code == 1 and "no column 'second'" in result.stderr
+    assert "--text-pair-column" in result.stderr
