@@ -80,12 +80,16 @@ def main(data: Path, model: str, names: tuple[str, ...], shots: int, folds: int,
         "texts a class": shots,
         "folds": folds,
         "student's layers": layers,
-        "seeds": SEEDS,
+        "seeds": list(SEEDS),
         "split": "validation",
-        "macro_f1": rows,
     }
+    record = RESULTS / "folds.json"
+    if record.is_file():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        if {**before, "macro_f1": None} == {**result, "macro_f1": None}:  # the other sets stay
+            rows = {**before["macro_f1"], **rows}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "folds.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    record.write_text(json.dumps({**result, "macro_f1": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

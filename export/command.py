@@ -27,7 +27,7 @@ from distill.options import POSITIVE, output_options, say_loading, show_stage
     "--max-drop",
     type=click.FloatRange(min=0),
     default=1.0,
-    help="Points of validation macro-F1 that INT8, or FP16, may lose.",
+    help="Points of validation macro-F1 that INT8, or FP16, may lose to the fp32 file.",
 )
 @click.option(
     "--exporter",
