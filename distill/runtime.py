@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,6 @@ from distill.files import SURROGATE
 
 logger = logging.getLogger(__name__)
 STREAM_BATCH = 4096  # texts that a stream gives a GPU at once
-TOGETHER = 8  # the same for a thread, if all are busy
 
 
 def cores() -> int:
@@ -116,9 +115,8 @@ class Classifier:
     def stream_logits(self, texts: Iterable[Text]) -> Iterator[NDArray[np.float32]]:
         """Logits of each text in order, for streams that fit no memory.
 
-        Texts are read ahead, to keep the threads busy: up to 24 a thread, 4,096 on CUDA. An answer comes
-        when the next text is there or the stream ends; a producer that waits for each needs `threads=1`, or
-        `logits`.
+        Texts are read ahead, to keep the threads busy: 4 a thread, 4,096 on CUDA. An answer comes when the
+        next text is there or the stream ends; a producer that waits for each needs `threads=1`, or `logits`.
         """
         texts = _each_checked(texts)
         if self.provider == "cuda":
@@ -128,25 +126,13 @@ class Classifier:
         if self._threads == 1:
             yield from map(self.logits, texts)
             return
-        # What comes in while all threads are busy goes to one of them together.
-        waiting: list[Text] = []
-        given: deque[Future[list[NDArray[np.float32]]]] = deque()
+        waiting: deque[Future[NDArray[np.float32]]] = deque()
         for text in texts:
-            waiting.append(text)
-            full = len(waiting) == TOGETHER and len(given) == 2 * self._threads
-            while given and (full or given[0].done()):
-                yield from given.popleft().result()
-                full = False
-            if len(given) < 2 * self._threads:
-                given.append(self._pool.submit(self._each_logits, waiting))
-                waiting = []
-        if waiting:
-            given.append(self._pool.submit(self._each_logits, waiting))
-        while given:
-            yield from given.popleft().result()
-
-    def _each_logits(self, texts: Sequence[Text]) -> list[NDArray[np.float32]]:
-        return list(map(self.logits, texts))
+            waiting.append(self._pool.submit(self.logits, text))
+            while waiting and (waiting[0].done() or len(waiting) > 4 * self._threads):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
     def stream_proba(self, texts: Iterable[Text]) -> Iterator[NDArray[np.float64]]:
         """Probabilities of each text in order, shape (classes,), as `stream_logits` gives logits."""
