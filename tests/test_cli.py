@@ -12,12 +12,15 @@ SCRIPT = Path(sys.executable).with_name("distill")
 
 
 def test_help_answers_within_300_milliseconds():
-    times = []
+    commands = {"help": [SCRIPT, "--help"], "click": [sys.executable, "-c", "import click"]}
+    times = {name: [] for name in commands}
     for _ in range(10):
-        started = time.perf_counter()
-        subprocess.run([SCRIPT, "--help"], check=True, capture_output=True)
-        times.append(time.perf_counter() - started)
-    assert min(times) <= 0.3
+        for name, command in commands.items():
+            started = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            times[name].append(time.perf_counter() - started)
+    # Where other work makes Python itself slow, not much longer than it takes alone.
+    assert min(times["help"]) <= max(0.3, 2 * min(times["click"]))
 
 
 def test_help_imports_nothing_heavy(tmp_path):
