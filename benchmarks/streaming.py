@@ -1,10 +1,11 @@
 """A stream of a million texts, and eight threads that share one `Classifier`.
 
 Memory and speed are taken along the stream: resident memory must not grow, and the end must not be slower
-than the start. Then eight threads classify 100,000 texts through one Classifier, each its own share in lists
-of another length, and every logit is held against a serial run. Writes benchmarks/results/streaming.json.
+than the start. Each text has a number of its own, so that there are always words not met before. Then eight
+threads classify 100,000 texts through one Classifier, each its own share in lists of another length, and
+every logit is held against a serial run. Writes benchmarks/results/streaming.json.
 
-Usage: python benchmarks/streaming.py [DEMO_FOLDER], after `make demo`.
+Usage: python benchmarks/streaming.py [DEMO_FOLDER] [--bundle runs/one_layer], after `make demo`.
 """
 
 import json
@@ -33,15 +34,14 @@ def _resident_mb() -> float:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024
 
 
-def stream(texts: list[str], count: int, marks: int) -> dict[str, Any]:
+def stream(bundle: Path, texts: list[str], count: int, marks: int) -> dict[str, Any]:
     """Classify `count` texts one after the other and look at the process `marks` times."""
     every = count // marks
     seconds, memory = [], []
     started = time.perf_counter()
     warm = 0.0
-    for number, _ in enumerate(
-        Classifier(BUNDLE, provider="cpu").stream_proba(islice(cycle(texts), count)), 1
-    ):
+    numbered = (f"{text} {number}" for number, text in enumerate(islice(cycle(texts), count)))
+    for number, _ in enumerate(Classifier(bundle, provider="cpu").stream_proba(numbered), 1):
         if number == 10_000:
             warm = _resident_mb()
         if number % every == 0:
@@ -57,14 +57,14 @@ def stream(texts: list[str], count: int, marks: int) -> dict[str, Any]:
     }
 
 
-def share(texts: list[str], count: int) -> dict[str, Any]:
+def share(bundle: Path, texts: list[str], count: int) -> dict[str, Any]:
     """Let eight threads use one Classifier at once."""
     work = list(islice(cycle(texts), count))
     serial_of = dict(
-        zip(texts, Classifier(BUNDLE, provider="cpu", threads=1).predict_logits(texts), strict=True)
+        zip(texts, Classifier(bundle, provider="cpu", threads=1).predict_logits(texts), strict=True)
     )
     serial = np.stack([serial_of[text] for text in work])
-    classifier = Classifier(BUNDLE, provider="cpu")
+    classifier = Classifier(bundle, provider="cpu")
     found = np.empty_like(serial)
 
     def lists(number: int) -> Iterator[slice]:
@@ -95,14 +95,20 @@ def share(texts: list[str], count: int) -> dict[str, Any]:
 @click.argument("demo", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"))
 @click.option("--texts", "count", default=1_000_000)
 @click.option("--shared", default=100_000)
-def main(demo: Path, count: int, shared: int) -> None:
+@click.option("--bundle", type=click.Path(path_type=Path), default=BUNDLE, help="In the demo's folder.")
+def main(demo: Path, count: int, shared: int, bundle: Path) -> None:
     """Measure streaming and sharing on the demo's bundle."""
-    if not (demo / BUNDLE).is_dir():
-        raise click.ClickException(f"{demo}: no finished demo in it; run `make demo` first")
+    if not (demo / bundle).is_dir():
+        raise click.ClickException(f"{demo}: no {bundle} in it; run `make demo` first")
     RESULTS.mkdir(exist_ok=True)
     os.chdir(demo)
     texts = pyarrow.csv.read_csv("sentiment/test.csv")["text"].to_pylist()
-    result = {"cpu": cpu_name(), "stream": stream(texts, count, 20), "shared": share(texts, shared)}
+    result = {
+        "cpu": cpu_name(),
+        "bundle": str(bundle),
+        "stream": stream(bundle, texts, count, 20),
+        "shared": share(bundle, texts, shared),
+    }
     (RESULTS / "streaming.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     click.echo(json.dumps(result))
 

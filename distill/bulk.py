@@ -166,10 +166,11 @@ def predict_with_ray(
     _, inner = place_of(source)
     if f"{place}/".startswith(f"{inner}/") or f"{inner}/".startswith(f"{place}/"):
         raise DistillError(f"--output {output}: in, or around, what is read; choose another folder")
-    pair = text_pair_column or second_column(open_bundle(bundle).manifest)
+    parts = open_bundle(bundle)
+    pair = text_pair_column or second_column(parts.manifest["data"])
     columns = _columns(source, given.schema, text_column, pair)
     if provider == "cpu":
-        Classifier(bundle, provider=provider, file=file)  # what is wrong with it is told here
+        Classifier(parts, provider=provider, file=file)  # what is wrong with it is told here
     record = {
         "source": source,
         "content of the source": _identity(given),

@@ -57,9 +57,9 @@ def open_bundle(place: str | Path, sealed: bool = True) -> Bundle:
     return _Folder(place, sealed)
 
 
-def second_column(manifest: Mapping[str, Any]) -> str | None:
-    """The column with the second text of the pairs that a bundle was made for; None if for single texts."""
-    column: str | None = manifest.get("data", {}).get("columns", {}).get("text_pair")
+def second_column(data: Mapping[str, Any]) -> str | None:
+    """The column with the second text of pairs, out of a manifest's `data`; None where texts are single."""
+    column: str | None = data.get("columns", {}).get("text_pair")
     return column
 
 

@@ -220,7 +220,7 @@ def predict(
     name = "standard input" if source == "-" else source
     rows, again = tee(_standard_input(form or "text") if source == "-" else read_rows(Path(source)))
     parts = open_bundle(bundle)
-    text_pair_column = text_pair_column or second_column(parts.manifest)
+    text_pair_column = text_pair_column or second_column(parts.manifest["data"])
     classifier = Classifier(parts, provider=provider, file=file, threads=threads)
     several = classifier.labels if classifier.thresholds is not None and target != "jsonl" else []
     if joined := next((label for label in several if SEPARATOR in label), None):

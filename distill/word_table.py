@@ -73,7 +73,10 @@ class WordTable(dict[str, list[int]]):
         self._plain_alone = bool(late) or byte_level
         contents = {token.content for token in added}
         self._not_words = sorted(contents | {content.lower() for content in contents if self._lowercase})
-        whole, inner = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False).ids
+        try:
+            whole, inner = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False).ids
+        except Exception as error:  # tokenizers raises no other kind, here where "a" and [UNK] are missing
+            raise ValueError("a tokenizer of few characters") from error
         before = whole.special_tokens_mask.index(0)
         self._before, self._after = whole.ids[:before], whole.ids[before + len(inner) :]
         self._end: int = truncation["max_length"] - len(self._after)
@@ -88,7 +91,7 @@ class WordTable(dict[str, list[int]]):
         """One for this tokenizer; None where there is none."""
         try:
             return cls(tokenizer)
-        except Exception:  # tokenizers raises no other kind, as for "a" where that and [UNK] are missing
+        except ValueError:
             return None
 
     def __missing__(self, word: str) -> list[int]:

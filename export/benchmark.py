@@ -153,7 +153,7 @@ def _texts(options: BenchmarkOptions, bundle: Manifest) -> list[Text]:
         texts: list[Text] = list(texts_of(reload_data(bundle.data, bundle.labels).splits["test"]))
         return _spread(texts, options.texts)
     rows = islice(read_rows(options.source), READ_ROWS)
-    pair = options.text_pair_column or second_column(asdict(bundle))
+    pair = options.text_pair_column or second_column(bundle.data)
     found = list(texts_of_rows(rows, str(options.source), options.text_column, pair))
     if not found:
         raise DistillError(f"{options.source}: no text in it; give a file with at least one")

@@ -117,9 +117,9 @@ def test_the_input_is_never_the_output(chain, run, tmp_path):
 def test_a_bundle_of_pairs_looks_for_the_second_column_that_it_was_trained_on(
     chain, run, tmp_path, monkeypatch
 ):
-    assert second_column({"data": {"columns": {"text": None, "text_pair": "second"}}}) == "second"
-    assert second_column(open_bundle(chain.export).manifest) is None
-    monkeypatch.setattr("distill.bundle.second_column", lambda manifest: "second")
+    assert second_column({"columns": {"text": None, "text_pair": "second"}}) == "second"
+    assert second_column(open_bundle(chain.export).manifest["data"]) is None
+    monkeypatch.setattr("distill.bundle.second_column", lambda data: "second")
     rows = [("lovely phone", "awful"), ("it was", "great")]
     source = write_csv(tmp_path / "in.csv", rows, ("text", "second"))
     result = run("predict", source, "--bundle", chain.export)

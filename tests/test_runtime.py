@@ -198,6 +198,12 @@ def test_streaming_reads_only_a_little_ahead(chain):
     assert next(taken) < 60
 
 
+def test_the_words_of_a_text_are_looked_up(chain):
+    one = Classifier(chain.export)
+    one.predict(["lovely phone"])
+    assert {"lovely", "phone"} <= one._engine._words.keys()
+
+
 def test_pairs_are_encoded_as_pairs(classifier):
     single = classifier.logits("lovely phone awful")
     pair = classifier.logits(("lovely phone", "awful"))
