@@ -39,14 +39,13 @@ def join(device: str) -> None:
         device: "auto", "cpu" or "cuda": gloo connects processes on CPUs, NCCL those on GPUs, one GPU each.
 
     Raises:
-        DistillError: if the launcher wants the model cut into pieces.
+        DistillError: if the launcher sets up DeepSpeed.
     """
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
-            raise DistillError(
-                f"accelerate launch: {name} is not supported: every process holds the whole model; leave it "
-                "out, and take --qlora for a model that does not fit a GPU"
-            )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise DistillError(
+            "accelerate launch: DeepSpeed is not supported; for a teacher that does not fit a GPU take "
+            "--use_fsdp --fsdp_version 2"
+        )
     if launched() == 1:
         return
     global _joined

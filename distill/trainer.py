@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from distill.encoding import encode, way_of
 from distill.long_texts import WINDOWS
@@ -181,6 +182,12 @@ class LossTrainer(Trainer):
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer does, but a resumed run is cut as now, not as when its checkpoint was written."""
         return super()._inner_training_loop(self.args.train_batch_size, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer does, but the folder is there: it takes no other for the best, FSDP's comes late."""
+        step = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        Path(self.args.output_dir, step).mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

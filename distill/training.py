@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from distill.memory import Plan, available, measure, plan, smaller
 from distill.metrics import score
 from distill.models import batched_logits, choose_device, choose_precision
 from distill.predictions import labels_array
+from distill.sharding import prepare_sharding, sharded, whole
 from distill.trainer import BEYOND_THE_MODEL, Collator, LossTrainer, tokenize
 
 logger = logging.getLogger(__name__)
@@ -104,6 +106,7 @@ def fit(
             head_learning_rate=options.head_learning_rate,
         )
         trainer.pop_callback(_printer())
+        prepare_sharding(trainer)
         try:
             trainer.train(resume_from_checkpoint=resume_from)
         except KeyboardInterrupt:
@@ -120,13 +123,15 @@ def fit(
             progress.close()
         return trainer
 
-    kind = "windows" if in_windows else "texts"
-    logger.info("%s: %d %s on %s in %s", title, len(train), kind, device, precision)
+    rows = "windows" if in_windows else "texts"
+    logger.info("%s: %d %s on %s in %s", title, len(train), rows, device, precision)
     long = _tell_long(train, tokenizer, title)
-    with first_token_only(model.get_base_model() if hasattr(model, "get_base_model") else model):
+    kind = type(model)
+    shortened = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with nullcontext() if sharded() else first_token_only(shortened):
         cut = processes.once(lambda: _cut(model, tokenizer, train, options, device, precision, title))
         # What an attempt that ran out of memory has changed is put back.
-        start = _trained_weights(model) if device in KEEPING_START else {}
+        start = _trained_weights(model) if device in KEEPING_START and processes.count() == 1 else {}
         while (trainer := attempt(cut, resume_from)) is None:
             cut = smaller(cut, title, getattr(model, "supports_gradient_checkpointing", False))
             logger.warning("%s: out of memory; again with %d texts at a time", title, cut.micro_batch)
@@ -134,7 +139,8 @@ def fit(
             model.load_state_dict(start, strict=False)
             torch.cuda.empty_cache()
     best = float(trainer.state.best_metric or 0.0)
-    return Trained(trainer.model, device, precision, best, cut, long)
+    trained = whole(trainer.model, kind) if sharded() else trainer.model
+    return Trained(trained, device, precision, best, cut, long)
 
 
 def _scorer(classes: int, in_windows: bool) -> Callable[[Any], dict[str, float]]:
@@ -189,7 +195,7 @@ def _cut(
 ) -> Plan:
     """Cut a step into micro-batches that fit the device, and say so where it is not as asked."""
     asked = Plan(options.batch_size, options.gradient_accumulation, options.gradient_checkpointing)
-    if available(device) is None:
+    if available(device) is None or sharded():  # of a part nothing can be measured
         return asked
     model.to(device)
     longest = np.argsort(-np.asarray(train["length"]), kind="stable")

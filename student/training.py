@@ -30,11 +30,13 @@ from distill.calibration import fit_temperature
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, recorded_recipe, refuse_unfinished
 from distill.data import Data, reload_data, texts_of
 from distill.encoding import way_of
+from distill.errors import DistillError
 from distill.long_texts import WINDOWS
 from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
 from distill.options import budget_of
 from distill.predictions import EVALUATED, labels_of, read_predictions, score_splits, write_predictions
 from distill.processes import ahead, count, join, once
+from distill.sharding import ASKED, sharded
 from distill.sources import Columns, parts_of
 from distill.trainer import tokenize
 from distill.training import Trained, fit, predict_logits
@@ -204,6 +206,8 @@ def train_student(options: StudentOptions) -> Manifest:
         DistillError: for anything wrong with teacher, data, checkpoint or options, before training starts.
     """
     started = time.monotonic()
+    if sharded():
+        raise DistillError(f"{ASKED}: a student fits every GPU; leave --use_fsdp out")
     join(options.device)
     fitted = _fit(options)
     data, tokenizer, trained = fitted.data, fitted.tokenizer, fitted.trained

@@ -27,6 +27,7 @@ from distill.models import choose_device, choose_precision, count_parameters, lo
 from distill.options import budget_of
 from distill.predictions import EVALUATED, UNSEEN, labels_of, score_splits, write_predictions
 from distill.processes import ahead, count, join, once
+from distill.sharding import ASKED, sharded
 from distill.sources import SEPARATOR, Columns
 from distill.trainer import tokenize
 from distill.training import Trained, fit, predict_logits
@@ -151,6 +152,8 @@ def _check(options: TeacherOptions) -> None:
         raise DistillError(f"--label-smoothing {options.label_smoothing}: must be at least 0 and below 1")
     if options.augment:
         budget_of(options.augment, 1000)
+    if (options.lora or options.qlora) and sharded():
+        raise DistillError(f"{ASKED}: not with --lora or --qlora, whose weights are frozen; leave one out")
     if options.qlora:
         check_four_bits()
     choose_precision(choose_device(options.device), options.precision)
