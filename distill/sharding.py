@@ -33,6 +33,13 @@ def prepare_sharding(trainer: Any) -> None:
         raise DistillError(f"{ASKED}: accelerate cuts a model into parts on several GPUs alone; leave it out")
     if plugin.fsdp_version != 2:
         raise DistillError(f"{ASKED}: this is FSDP's first version; add --fsdp_version 2")
+    # transformers 5 makes a new head in the first process alone. accelerate tells parameters apart by where
+    # they lie, which is nowhere for these, and would train one of them alone.
+    for module in trainer.model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device="cpu")
+                module.register_parameter(name, torch.nn.Parameter(empty, parameter.requires_grad))
     if plugin.auto_wrap_policy is None:
         plugin.auto_wrap_policy = transformer_auto_wrap_policy
     if plugin.transformer_cls_names_to_wrap is None:

@@ -162,6 +162,7 @@ def test_layers_are_the_parts_unless_the_launcher_names_others(asked, checkpoint
     prepare_sharding(trainer)
     assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
     assert plugin.transformer_cls_names_to_wrap == ["BertLayer"]
+    trainer.model.classifier.to("meta")  # as a process has it that did not load it
     plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = (
         size_based_auto_wrap_policy,
         ["BertSelfOutput"],
@@ -169,3 +170,5 @@ def test_layers_are_the_parts_unless_the_launcher_names_others(asked, checkpoint
     prepare_sharding(trainer)
     assert plugin.auto_wrap_policy is size_based_auto_wrap_policy
     assert plugin.transformer_cls_names_to_wrap == ["BertSelfOutput"]
+    head = trainer.model.classifier
+    assert head.weight.requires_grad and head.weight.data_ptr() not in (0, head.bias.data_ptr())
