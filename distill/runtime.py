@@ -13,7 +13,7 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.bundle import Bundle, open_bundle
+from distill.bundle import Bundle, open_bundle, second_column
 from distill.decision import MULTI_LABEL, Decision
 from distill.engine import Engine, ProviderError, Text, choose_provider
 from distill.errors import DistillError
@@ -42,6 +42,7 @@ class Classifier:
         labels: label names, in the order of the columns of `predict_proba`.
         provider: "cpu" or "cuda": what is really used.
         file: the ONNX file in use.
+        pairs: whether an input is a pair of texts.
         temperature: what logits are divided by before they become probabilities; 1 if not calibrated.
         thresholds: the probability from which on a label is given, shape (classes,), where a text may have
             several labels or none; None where it has one.
@@ -77,6 +78,7 @@ class Classifier:
         details = parts.manifest["details"]
         self.labels: list[str] = parts.manifest["labels"]
         self.max_length: int = parts.manifest["max_length"]
+        self.pairs = second_column(parts.manifest["data"]) is not None
         self._threads = threads or cores()
         # Threads start when they are first needed.
         self._pool = ThreadPoolExecutor(self._threads, "distill")
@@ -118,7 +120,7 @@ class Classifier:
         Texts are read ahead, to keep the threads busy: 4 a thread, 4,096 on CUDA. An answer comes when the
         next text is there or the stream ends; a producer that waits for each needs `threads=1`, or `logits`.
         """
-        texts = _each_checked(texts)
+        texts = self._each_checked(texts)
         if self.provider == "cuda":
             while batch := list(islice(texts, STREAM_BATCH)):
                 yield from self._engine.batched_logits(batch)
@@ -138,9 +140,30 @@ class Classifier:
         """Probabilities of each text in order, shape (classes,), as `stream_logits` gives logits."""
         return map(self.probabilities, self.stream_logits(texts))
 
+    def _each_checked(self, texts: Iterable[Text]) -> Iterator[Text]:
+        if isinstance(texts, str):
+            raise DistillError("texts: a single string; give a list of strings, as in predict([text])")
+        if not isinstance(texts, Iterable):
+            raise DistillError(f"texts: {type(texts).__name__} instead of a list of strings")
+        for index, text in enumerate(texts):
+            pair = isinstance(text, tuple) and len(text) == 2
+            parts = text if pair else (text,)
+            for part in parts:
+                if not isinstance(part, str):
+                    kind = type(part).__name__
+                    raise DistillError(f"texts[{index}]: {kind} instead of a string or a pair of them")
+                if not part.isascii() and SURROGATE.search(part):
+                    raise DistillError(
+                        f"texts[{index}]: half of a character (a lone surrogate) in it; take it out"
+                    )
+            if pair != self.pairs:
+                asked, found = ("pairs", "one text") if self.pairs else ("single texts", "a pair")
+                raise DistillError(f"texts[{index}]: {found}, and this bundle was trained on {asked}")
+            yield text
+
     def predict_logits(self, texts: Iterable[Text]) -> NDArray[np.float32]:
         """Logits, shape (n, classes)."""
-        texts = list(_each_checked(texts))
+        texts = list(self._each_checked(texts))
         if self.provider == "cuda" and texts:
             return self._engine.batched_logits(texts)
         if len(texts) == 1:
@@ -237,24 +260,6 @@ class Classifier:
 
 def _characters(text: Text) -> int:
     return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
-
-
-def _each_checked(texts: Iterable[Text]) -> Iterator[Text]:
-    if isinstance(texts, str):
-        raise DistillError("texts: a single string; give a list of strings, as in predict([text])")
-    if not isinstance(texts, Iterable):
-        raise DistillError(f"texts: {type(texts).__name__} instead of a list of strings")
-    for index, text in enumerate(texts):
-        parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
-        for part in parts:
-            if not isinstance(part, str):
-                kind = type(part).__name__
-                raise DistillError(f"texts[{index}]: {kind} instead of a string or a pair of them")
-            if not part.isascii() and SURROGATE.search(part):
-                raise DistillError(
-                    f"texts[{index}]: half of a character (a lone surrogate) in it; take it out"
-                )
-        yield text
 
 
 # After a fork the child has no threads: a pool of the parent's would wait for ever.

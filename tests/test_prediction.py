@@ -119,7 +119,8 @@ def test_a_bundle_of_pairs_looks_for_the_second_column_that_it_was_trained_on(
 ):
     assert second_column({"columns": {"text": None, "text_pair": "second"}}) == "second"
     assert second_column(open_bundle(chain.export).manifest["data"]) is None
-    monkeypatch.setattr("distill.bundle.second_column", lambda data: "second")
+    for module in ("bundle", "runtime"):
+        monkeypatch.setattr(f"distill.{module}.second_column", lambda data: "second")
     rows = [("lovely phone", "awful"), ("it was", "great")]
     source = write_csv(tmp_path / "in.csv", rows, ("text", "second"))
     result = run("predict", source, "--bundle", chain.export)

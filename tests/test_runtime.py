@@ -210,6 +210,21 @@ def test_pairs_are_encoded_as_pairs(classifier):
     assert not np.allclose(single, pair)
 
 
+def test_a_bundle_of_pairs_answers_no_single_text_and_the_other_way_round(chain):
+    classifier = Classifier(chain.export)
+    assert not classifier.pairs
+    with pytest.raises(
+        DistillError, match=r"texts\[1\]: a pair, and this bundle was trained on single texts"
+    ):
+        classifier.predict(["lovely", ("lovely phone", "awful")])
+    classifier.pairs = True
+    with pytest.raises(DistillError, match=r"texts\[0\]: one text, and this bundle was trained on pairs"):
+        classifier.predict_proba(["lovely"])
+    with pytest.raises(DistillError, match="one text"):
+        next(classifier.stream_logits(["lovely"]))
+    assert len(classifier.predict([("lovely phone", "awful")])) == 1
+
+
 def test_an_unknown_provider_is_refused(chain):
     with pytest.raises(DistillError, match="unknown; use auto, cpu or cuda"):
         Classifier(chain.export, provider="tpu")

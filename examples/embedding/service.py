@@ -296,6 +296,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
 
     classifier = Classifier(settings.bundle, provider=settings.provider, threads=settings.threads)
+    if classifier.pairs:
+        raise DistillError(f"{settings.bundle}: trained on pairs of texts, and a request has single ones")
     classifier.predict(["warm up"])
 
     @asynccontextmanager

@@ -30,6 +30,12 @@ def test_predictions_are_those_of_the_classifier(chain, client):
     assert all(answer["score"] == max(answer["probabilities"].values()) for answer in answers)
 
 
+def test_a_bundle_of_pairs_is_refused(chain, monkeypatch):
+    monkeypatch.setattr("distill.runtime.second_column", lambda data: "second")
+    with pytest.raises(DistillError, match="trained on pairs of texts"):
+        create_app(Settings(bundle=str(chain.export), provider="cpu"))
+
+
 def test_health_and_metrics(client):
     health = client.get("/health").json()
     assert health["status"] == "ok" and health["provider"] == "cpu" and health["waiting"] == 0
