@@ -76,15 +76,15 @@ def main(data: Path, model: str, names: tuple[str, ...], shots: tuple[int, ...])
                 mean, spread = float(np.mean(found)), float(np.std(found, ddof=1))
                 rows.append({"set": name, "shots": count, "variant": variant, "macro_f1": found})
                 click.echo(f"{name:16} {count:3} a class  {variant:34} {mean:.4f} ± {spread:.4f}")
-    result = {
-        "cpu": cpu_name(),
-        "model": Path(model).name,
-        "seeds": SEEDS,
-        "split": "validation",
-        "rows": rows,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "few_shot.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        result = {
+            "cpu": cpu_name(),
+            "model": Path(model).name,
+            "seeds": SEEDS,
+            "split": "validation",
+            "rows": rows,
+        }
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "few_shot.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

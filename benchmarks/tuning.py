@@ -92,15 +92,15 @@ def main(data: Path, model: str, names: tuple[str, ...], shots: int, trials: int
             )
         rows[name] = {"one worker": one, "two workers": two, "time": two["seconds"] / one["seconds"]}
         click.echo(f"{name}: {json.dumps(rows[name])}")
-    result = {
-        "cpu": cpu_name(),
-        "model": Path(model).name,
-        "layers": layers,
-        "texts a class": shots,
-        "sets": rows,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "tuning.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        result = {
+            "cpu": cpu_name(),
+            "model": Path(model).name,
+            "layers": layers,
+            "texts a class": shots,
+            "sets": rows,
+        }
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "tuning.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
