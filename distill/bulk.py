@@ -167,7 +167,10 @@ def predict_with_ray(
     if f"{place}/".startswith(f"{inner}/") or f"{inner}/".startswith(f"{place}/"):
         raise DistillError(f"--output {output}: in, or around, what is read; choose another folder")
     parts = open_bundle(bundle)
-    pair = text_pair_column or second_column(parts.manifest["data"])
+    second = second_column(parts.manifest["data"])
+    if text_pair_column and not second:
+        raise DistillError(f"--text-pair-column: {bundle} was trained on single texts; leave it out")
+    pair = text_pair_column or second
     columns = _columns(source, given.schema, text_column, pair)
     if provider == "cpu":
         Classifier(parts, provider=provider, file=file)  # what is wrong with it is told here

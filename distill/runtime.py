@@ -108,10 +108,12 @@ class Classifier:
 
     def logits(self, text: Text) -> NDArray[np.float32]:
         """Logits of one text (or pair of texts), shape (classes,)."""
+        self._check_kind(text)
         return self._engine.logits(text)
 
     def outputs(self, text: Text) -> list[NDArray[Any]]:
         """All outputs of the graph for one text, as a batch of one; the first are the logits."""
+        self._check_kind(text)
         return self._engine.outputs(text)
 
     def stream_logits(self, texts: Iterable[Text]) -> Iterator[NDArray[np.float32]]:
@@ -146,8 +148,7 @@ class Classifier:
         if not isinstance(texts, Iterable):
             raise DistillError(f"texts: {type(texts).__name__} instead of a list of strings")
         for index, text in enumerate(texts):
-            pair = isinstance(text, tuple) and len(text) == 2
-            parts = text if pair else (text,)
+            parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
             for part in parts:
                 if not isinstance(part, str):
                     kind = type(part).__name__
@@ -156,10 +157,13 @@ class Classifier:
                     raise DistillError(
                         f"texts[{index}]: half of a character (a lone surrogate) in it; take it out"
                     )
-            if pair != self.pairs:
-                asked, found = ("pairs", "one text") if self.pairs else ("single texts", "a pair")
-                raise DistillError(f"texts[{index}]: {found}, and this bundle was trained on {asked}")
+            self._check_kind(text, f"texts[{index}]")
             yield text
+
+    def _check_kind(self, text: Text, name: str = "text") -> None:
+        if isinstance(text, tuple) != self.pairs:
+            found, trained = ("one text", "pairs") if self.pairs else ("a pair", "single texts")
+            raise DistillError(f"{name}: {found}, and this bundle was trained on {trained}")
 
     def predict_logits(self, texts: Iterable[Text]) -> NDArray[np.float32]:
         """Logits, shape (n, classes)."""

@@ -21,6 +21,7 @@ from distill.explain.words import Text
 from numpy.typing import NDArray
 
 from distill.artifact import Manifest
+from distill.bundle import second_column
 from distill.data import reload_data, texts_of
 from distill.errors import DistillError
 from distill.files import SURROGATE
@@ -118,6 +119,10 @@ def explain_texts(options: ExplainOptions) -> list[dict[str, Any]]:
     if empty:
         raise DistillError(f"text {empty[0]}: empty; there is nothing to explain")
     versions, manifest = _read(options)
+    pairs = second_column(manifest.data) is not None
+    if any(isinstance(text, tuple) != pairs for text in options.texts):
+        kind = "pairs of texts; take some with --sample" if pairs else "single texts"
+        raise DistillError(f"texts: these versions were trained on {kind}")
     texts = list(options.texts) or _sample(options, manifest)
     models = {
         version.name: open_for_explanation(version, manifest.labels, options.device) for version in versions

@@ -16,7 +16,7 @@ from distill.export.onnx import export_fp32, shorten
 from distill.export.verification import require_parity
 
 from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest, verify
-from distill.bundle import MANIFEST, TOKENIZER, TOKENIZER_SETTINGS, write_single_file
+from distill.bundle import MANIFEST, TOKENIZER, TOKENIZER_SETTINGS, second_column, write_single_file
 from distill.calibration import fit_decision
 from distill.data import Data, reload_data
 from distill.decision import MULTI_LABEL, Decision
@@ -198,6 +198,7 @@ def _model_card(manifest: Manifest) -> str:
             f"\n\nOf texts longer than {manifest.max_length} tokens `Classifier` reads more than the "
             f"beginning ({manifest.long_texts}); other runtimes read that alone, and answer differently."
         )
+    example = '("a text", "another one")' if second_column(manifest.data) else '"a text"'
     return f"""---
 pipeline_tag: text-classification
 library_name: onnx
@@ -220,7 +221,7 @@ Labels: {", ".join(manifest.labels)}.{several}
 from distill import Classifier
 
 classifier = Classifier("this/folder")
-classifier.predict(["a text"])
+classifier.predict([{example}])
 ```
 
 Everything about how it was made, with the SHA-256 of every file, is in `distill.json`.

@@ -16,7 +16,9 @@ from distill.latency import cpu_has_vnni
 from distill.runtime import Classifier
 
 
-def open_candidate(model: Any, tokenizer: Any, labels: list[str], folder: Path) -> Classifier:
+def open_candidate(
+    model: Any, tokenizer: Any, labels: list[str], folder: Path, pairs: bool = False
+) -> Classifier:
     """Export a classifier to INT8 in the setting that is usually chosen, and open it on one thread.
 
     What it answers is not checked against anything; `export_student` does that.
@@ -26,6 +28,7 @@ def open_candidate(model: Any, tokenizer: Any, labels: list[str], folder: Path) 
         tokenizer: its fast tokenizer.
         labels: label names.
         folder: to write to; it must exist, and be kept as long as the classifier is used.
+        pairs: whether it classifies pairs of texts.
 
     Raises:
         DistillError: if Optimum cannot export this architecture.
@@ -45,7 +48,7 @@ def open_candidate(model: Any, tokenizer: Any, labels: list[str], folder: Path) 
         labels=labels,
         options={},
         seed=0,
-        data={},
+        data={"columns": {"text_pair": "text_pair"}} if pairs else {},
         max_length=tokenizer.model_max_length,
         long_texts=way_of(tokenizer),
         details={"files": {"cpu": INT8}},

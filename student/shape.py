@@ -69,7 +69,7 @@ def choose_layers(
         def time_of(layers: int) -> tuple[float | None, float]:
             with TemporaryDirectory() as folder:
                 candidate = distill.open_candidate(
-                    keep_layers(model, layers), tokenizer, labels, Path(folder)
+                    keep_layers(model, layers), tokenizer, labels, Path(folder), isinstance(texts[0], tuple)
                 )
                 found = measure({**slow, "student": lambda text: candidate([text])}, sample)
             logger.info("  %d of %d layers: %s", layers, model.config.num_hidden_layers, _tell(found))

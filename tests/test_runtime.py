@@ -204,8 +204,10 @@ def test_the_words_of_a_text_are_looked_up(chain):
     assert {"lovely", "phone"} <= one._engine._words.keys()
 
 
-def test_pairs_are_encoded_as_pairs(classifier):
+def test_pairs_are_encoded_as_pairs(chain):
+    classifier = Classifier(chain.export)
     single = classifier.logits("lovely phone awful")
+    classifier.pairs = True
     pair = classifier.logits(("lovely phone", "awful"))
     assert not np.allclose(single, pair)
 
@@ -220,8 +222,9 @@ def test_a_bundle_of_pairs_answers_no_single_text_and_the_other_way_round(chain)
     classifier.pairs = True
     with pytest.raises(DistillError, match=r"texts\[0\]: one text, and this bundle was trained on pairs"):
         classifier.predict_proba(["lovely"])
-    with pytest.raises(DistillError, match="one text"):
-        next(classifier.stream_logits(["lovely"]))
+    for answer in (classifier.logits, classifier.outputs, lambda text: next(classifier.stream_proba([text]))):
+        with pytest.raises(DistillError, match="one text"):
+            answer("lovely")
     assert len(classifier.predict([("lovely phone", "awful")])) == 1
 
 
