@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from distill.encoding import encode, way_of
 from distill.long_texts import WINDOWS
+from distill.sharding import sharded
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +184,13 @@ class LossTrainer(Trainer):
         """As the Trainer does, but a resumed run is cut as now, not as when its checkpoint was written."""
         return super()._inner_training_loop(self.args.train_batch_size, *args, **kwargs)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer does, but the scaler is ready: to fill an optimizer in parts, it takes a step."""
+        scaler = self.accelerator.scaler
+        if checkpoint and scaler is not None and sharded():
+            scaler.scale(torch.zeros((), device=self.args.device))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer does, but the folder is there: it takes no other for the best, FSDP's comes late."""
         step = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -195,5 +203,6 @@ class LossTrainer(Trainer):
         """Run the model on its own inputs and apply the loss to its logits in fp32."""
         extra = {name: tensor for name, tensor in inputs.items() if name in BEYOND_THE_MODEL}
         outputs = model(**{name: value for name, value in inputs.items() if name not in extra})
-        loss = self.loss(outputs.logits.float(), extra)
-        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+        logits = outputs.logits.float()
+        loss = self.loss(logits, extra)
+        return (loss, {"logits": logits}) if return_outputs else loss

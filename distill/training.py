@@ -1,5 +1,6 @@
 """How a teacher and a student are trained: batches that fit the memory, and the best weights."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class Trained:
     def steps(self) -> dict[str, Any]:
         """For a manifest: how every step was cut."""
         cut = {name: value for name, value in asdict(self.cut).items() if name != "peak"}
-        return {**cut, "processes": processes.count()}
+        return {**cut, "processes": processes.count(), "sharded": sharded()}
 
 
 def fit(
@@ -114,7 +115,7 @@ def fit(
                 logger.info("%s: interrupted; --resume goes on from the last checkpoint", title)
             raise
         except torch.OutOfMemoryError as error:
-            if processes.count() > 1:  # the others wait in the middle of a step
+            if processes.count() > 1 or sharded():  # the others wait in the middle of a step
                 raise DistillError(
                     f"{title}: out of memory; give a smaller --batch-size and more --gradient-accumulation"
                 ) from error
@@ -140,6 +141,10 @@ def fit(
             torch.cuda.empty_cache()
     best = float(trainer.state.best_metric or 0.0)
     trained = whole(trainer.model, kind) if sharded() else trainer.model
+    del trainer
+    if sharded():  # the optimizer's part goes too
+        gc.collect()
+        torch.cuda.empty_cache()
     return Trained(trained, device, precision, best, cut, long)
 
 

@@ -27,7 +27,7 @@ from distill.models import choose_device, choose_precision, count_parameters, lo
 from distill.options import budget_of
 from distill.predictions import EVALUATED, UNSEEN, labels_of, score_splits, write_predictions
 from distill.processes import ahead, count, join, once
-from distill.sharding import ASKED, sharded
+from distill.sharding import ASKED, check_sharding, sharded
 from distill.sources import SEPARATOR, Columns
 from distill.trainer import tokenize
 from distill.training import Trained, fit, predict_logits
@@ -110,6 +110,8 @@ def _fit(options: TeacherOptions, data: Data, unseen: Sequence[str] = ()) -> _Fi
     recipe = {**options.recipe(), "data_fingerprint": data.fingerprint}
     if count() > 1:
         recipe["processes"] = count()
+    if sharded():
+        recipe["sharded"] = True
     resume_from = once(partial(prepare_checkpoints, options, recipe, "train-teacher"))
     made = [ahead(partial(_augmented, options, data, unseen))] if options.augment else []
     train = tokenize(concatenate_datasets([data.splits["train"], *made]), tokenizer)
@@ -153,7 +155,7 @@ def _check(options: TeacherOptions) -> None:
     if options.augment:
         budget_of(options.augment, 1000)
     if (options.lora or options.qlora) and sharded():
-        raise DistillError(f"{ASKED}: not with --lora or --qlora, whose weights are frozen; leave one out")
+        raise DistillError(f"{ASKED}: not with --lora or --qlora, which need less memory; leave one out")
     if options.qlora:
         check_four_bits()
     choose_precision(choose_device(options.device), options.precision)
@@ -170,6 +172,7 @@ def train_teacher(options: TeacherOptions) -> Manifest:
         DistillError: for anything wrong with data, checkpoint or options, before training starts.
     """
     started = time.monotonic()
+    check_sharding(options.device)
     join(options.device)
     _check(options)
     data = ahead(partial(load_data, options.data, options.columns, options.seed))

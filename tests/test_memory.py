@@ -202,6 +202,7 @@ def test_a_training_is_cut_to_the_memory_that_there_is_and_says_so(
         "recompute": False,
         "optimizer": "adamw",
         "processes": 1,
+        "sharded": False,
     }
 
 

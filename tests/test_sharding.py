@@ -18,11 +18,14 @@ from distill import DistillError, train_student, train_teacher
 # alone, though PyTorch does it on CPUs too; here it is told to.
 WORKER = """
 import logging, os, sys
+import numpy as np
 from dataclasses import replace
 from pathlib import Path
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from distill import processes, train_teacher
+from distill import training as all_training
+from distill.teacher import training
 from distill.teacher.training import TeacherOptions
 from distill.trainer import LossTrainer
 from torch.distributed.tensor import DTensor
@@ -36,6 +39,7 @@ def on_a_cpu_too(self, *args, fsdp_plugin=None, **kwargs):
         PartialState._shared_state["distributed_type"] = self.distributed_type
 
 AcceleratorState.__init__ = on_a_cpu_too
+training.check_sharding = lambda device: None
 
 class Killed(BaseException):
     pass
@@ -48,14 +52,17 @@ def training_step(self, model, *rest):
     if self.state.global_step == 0:
         own = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
         Path(f"{phase}-{processes.rank()}.txt").write_text(str(own))
-    return step(self, model, *rest)
+    loss = step(self, model, *rest)
+    if self.state.global_step == 0 and phase == "fsdp":  # in parts after each of the two micro-batches
+        assert all(isinstance(p.grad, DTensor) for p in model.parameters())
+    return loss
 
 LossTrainer.training_step = training_step
 if processes.rank() == 0:
     logging.basicConfig(filename="log.txt", format="%(message)s")
     logging.getLogger("distill").setLevel(logging.INFO)
 options = TeacherOptions(output=Path("ddp/teacher"), data=sys.argv[1], model=sys.argv[2], epochs=3, dropout=0.0,
-                         learning_rate=3e-3, batch_size=8, precision="fp32")
+                         learning_rate=3e-3, batch_size=4, gradient_accumulation=2, precision="fp32")
 train_teacher(options)
 os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
                "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
@@ -68,7 +75,27 @@ try:
 except Killed:
     pass
 phase = "resumed"
+GradientState._reset_state()  # as in a new process
 train_teacher(replace(again, resume=True))
+
+scored = []
+
+def ever_worse(*_):
+    def scores(prediction):
+        scored.append(1)
+        return {"macro_f1": 1 / len(scored), "accuracy": 0.5}
+    return scores
+
+def evaluate(self, *args, **kwargs):
+    weights = self.model.get_parameter("classifier.weight").full_tensor().detach().clone()
+    if not scored and processes.rank() == 0:
+        np.save("first.npy", weights.numpy())
+    return evaluation(self, *args, **kwargs)
+
+evaluation, LossTrainer.evaluate = LossTrainer.evaluate, evaluate
+all_training._scorer = ever_worse
+phase = "worse"
+train_teacher(replace(options, output=Path("worse/teacher")))
 """
 
 
@@ -116,6 +143,11 @@ def test_the_best_weights_are_kept(launched):
     assert manifest["metrics"]["validation"]["macro_f1"] == pytest.approx(fsdp[2], abs=1e-4)
 
 
+def test_the_best_weights_are_kept_if_they_come_early(launched):
+    first = np.load(launched / "first.npy")
+    np.testing.assert_array_equal(_weights(launched / "worse")["classifier.weight"], first)
+
+
 def test_a_killed_run_ends_the_same_once_it_is_resumed(launched):
     for name, values in _weights(launched / "again").items():
         np.testing.assert_array_equal(values, _weights(launched / "fsdp")[name])
@@ -137,6 +169,14 @@ def _teacher(tmp_path, data_file, checkpoint, **further):
 def test_what_cannot_be_trained_in_parts_is_told(asked, tmp_path, data_file, checkpoint):
     with pytest.raises(DistillError, match="on several GPUs alone; leave it out"):
         train_teacher(_teacher(tmp_path, data_file, checkpoint))
+    with asked.context() as elsewhere:
+        elsewhere.setattr("distill.sharding.choose_device", lambda device: "cuda")
+        elsewhere.setenv("FSDP_VERSION", "1")
+        with pytest.raises(DistillError, match="add --fsdp_version 2"):
+            train_teacher(_teacher(tmp_path, data_file, checkpoint))
+    asked.setattr("distill.teacher.training.check_sharding", lambda device: None)
+    with pytest.raises(DistillError, match="accelerate does without it"):
+        train_teacher(_teacher(tmp_path, data_file, checkpoint))
     with pytest.raises(DistillError, match="not with --lora or --qlora"):
         train_teacher(_teacher(tmp_path, data_file, checkpoint, lora=True))
     with pytest.raises(DistillError, match="a student fits every GPU; leave --use_fsdp out"):
@@ -146,20 +186,24 @@ def test_what_cannot_be_trained_in_parts_is_told(asked, tmp_path, data_file, che
 def test_layers_are_the_parts_unless_the_launcher_names_others(asked, checkpoint):
     from types import SimpleNamespace
 
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 
     from distill.models import load_model
     from distill.sharding import prepare_sharding
 
-    plugin = SimpleNamespace(fsdp_version=1, auto_wrap_policy=None, transformer_cls_names_to_wrap=None)
+    half = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float16)
+    plugin = SimpleNamespace(
+        mixed_precision_policy=half, auto_wrap_policy=None, transformer_cls_names_to_wrap=None
+    )
     state = SimpleNamespace(fsdp_plugin=plugin)
     trainer = SimpleNamespace(
         model=load_model(str(checkpoint), ["a", "b"]), accelerator=SimpleNamespace(state=state)
     )
-    with pytest.raises(DistillError, match="add --fsdp_version 2"):
-        prepare_sharding(trainer)
-    plugin.fsdp_version = 2
     prepare_sharding(trainer)
+    assert plugin.mixed_precision_policy.param_dtype is torch.float16
+    assert plugin.mixed_precision_policy.reduce_dtype is torch.float32
     assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
     assert plugin.transformer_cls_names_to_wrap == ["BertLayer"]
     trainer.model.classifier.to("meta")  # as a process has it that did not load it
@@ -172,3 +216,32 @@ def test_layers_are_the_parts_unless_the_launcher_names_others(asked, checkpoint
     assert plugin.transformer_cls_names_to_wrap == ["BertSelfOutput"]
     head = trainer.model.classifier
     assert head.weight.requires_grad and head.weight.data_ptr() not in (0, head.bias.data_ptr())
+    trainer.model.config.num_experts = 8
+    with pytest.raises(DistillError, match="not for a mixture of experts"):
+        prepare_sharding(trainer)
+
+
+def test_a_scaler_is_ready_when_an_optimizer_in_parts_is_filled(asked, monkeypatch):
+    """As it is in a resumed run in fp16."""
+    from types import SimpleNamespace
+
+    import torch
+    from transformers import Trainer
+
+    from distill.trainer import LossTrainer
+
+    scaler = torch.amp.GradScaler("cpu")
+    trainer = LossTrainer.__new__(LossTrainer)
+    trainer.accelerator = SimpleNamespace(scaler=scaler)
+    trainer.args = SimpleNamespace(device=torch.device("cpu"))
+    filled = []
+
+    def fill(self, checkpoint):
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        parameter.grad = torch.zeros(1)
+        scaler.step(torch.optim.AdamW([parameter]))
+        filled.append(checkpoint)
+
+    monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", fill)
+    trainer._load_optimizer_and_scheduler("checkpoint-1")
+    assert filled == ["checkpoint-1"]
