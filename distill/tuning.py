@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 HEARTBEAT = 60  # seconds; a worker that is silent for twice that is taken for dead
 RETRIES = 3
+OPENINGS = 5  # of a database, before it is given up
 FAILURES = 3  # trials in a row
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -119,18 +121,12 @@ def open_search(
     Raises:
         DistillError: if the storage cannot be opened, or the study has other options.
     """
-    from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
     from sqlalchemy.engine import make_url
 
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     try:
         shown = make_url(storage).render_as_string(hide_password=True)
-        shared = RDBStorage(
-            storage,
-            engine_kwargs={"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else None,
-            heartbeat_interval=HEARTBEAT,
-            failed_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
-        )
+        shared = _open_storage(storage)
         study = _study(shared, name)
         if _abandoned(study):
             optuna.delete_study(study_name=name, storage=shared)
@@ -159,6 +155,26 @@ def open_search(
         seed=seed if fresh else None, multivariate=True, constant_liar=True
     )
     return Search(study, space, options)
+
+
+def _open_storage(url: str) -> Any:
+    """Open the database; if another worker is making its tables at this moment, as soon as they are there."""
+    from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+    from sqlalchemy.exc import IntegrityError, OperationalError
+
+    for left in reversed(range(OPENINGS)):
+        try:
+            return RDBStorage(
+                url,
+                engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
+                heartbeat_interval=HEARTBEAT,
+                failed_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
+            )
+        except (IntegrityError, OperationalError):
+            if not left:
+                raise
+            time.sleep(0.5)
+    raise AssertionError
 
 
 def _study(storage: Any, name: str) -> Any:

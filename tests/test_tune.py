@@ -347,3 +347,20 @@ def test_a_search_over_data_that_has_changed_is_refused(run, here, chain):
     Path("d.csv").write_text(chain.data.read_text() + "one more lovely phone,positive\n")
     result = run(*base)
     assert result.exit_code == 1 and "has content of data" in result.stderr
+
+
+def test_a_database_that_another_worker_is_making_is_opened_once_it_is_there(tmp_path, monkeypatch):
+    from optuna import storages
+    from sqlalchemy.exc import IntegrityError
+
+    opening, attempts = storages.RDBStorage.__init__, []
+
+    def while_tables_are_made(self, *args, **kwargs):
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise IntegrityError("INSERT INTO alembic_version", {}, Exception("UNIQUE constraint failed"))
+        opening(self, *args, **kwargs)
+
+    monkeypatch.setattr(storages.RDBStorage, "__init__", while_tables_are_made)
+    monkeypatch.setattr("distill.tuning.time.sleep", lambda seconds: None)
+    assert _study(tmp_path).study.trials and len(attempts) == 2
