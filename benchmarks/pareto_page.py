@@ -76,9 +76,11 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
         axis.set(xscale="log", xlabel="milliseconds a text, one thread", ylabel="test macro-F1", title=name)
         axis.grid(alpha=0.3)
     handles, labels = axes[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
-    figure.savefig(path)
+    figure.tight_layout()
+    columns = min(5, 2 * len(results))
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0)}
+    figure.legend(handles, labels, ncols=columns, fontsize=8, frameon=False, **below)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def main() -> None:
