@@ -7,6 +7,7 @@ import pytest
 from conftest import make_rows, write_csv
 from distill.explain.explanations import ExplainOptions
 from distill.export.bundle import ExportOptions
+from distill.export.cold_start import cold_start
 from distill.student.training import StudentOptions
 from distill.teacher.training import TeacherOptions
 
@@ -68,6 +69,11 @@ def test_a_file_with_both_columns_is_answered(runs, run, tmp_path):
     assert done.exit_code == 0, done.output
     found = [json.loads(line)["prediction"] for line in done.stdout.splitlines()]
     assert found == Classifier(runs / "export").predict(PAIRS)
+
+
+def test_a_cold_start_is_taken_with_pairs(runs):
+    seconds, _ = cold_start(runs / "export", "onnx/model_quantized.onnx", "cpu", PAIRS)
+    assert 0 < seconds < 20
 
 
 def test_what_was_saved_at_the_export_is_what_the_bundle_answers(runs):
