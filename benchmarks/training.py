@@ -32,9 +32,10 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 from distill import training
 from distill.arguments import TrainingOptions
 from distill.data import load_data, texts_of
+from distill.devices import choose_precision
 from distill.first_token import first_token_only
 from distill.latency import cpu_name
-from distill.models import choose_precision, load_model, load_tokenizer
+from distill.models import load_model, load_tokenizer
 from distill.trainer import BEYOND_THE_MODEL, Collator, LossTrainer, tokenize
 from distill.training import fit
 

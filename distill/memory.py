@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from distill.devices import PRECISIONS
 from distill.errors import DistillError
-from distill.models import PRECISIONS
 
 logger = logging.getLogger(__name__)
 MARGIN = 0.9  # of what is free; the rest is for the allocator's gaps and the kernels' own space

@@ -1,9 +1,9 @@
-"""Load checkpoints safely; choose device, precision and threads."""
+"""Load checkpoints safely, and run them over texts."""
 
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,16 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from tokenizers.processors import Sequence as Processors
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from distill.decision import SINGLE_LABEL
+from distill.devices import inference, out_of_memory, release
 from distill.encoding import Text, encode, read_long_texts
 from distill.errors import DistillError
 from distill.first_token import first_token_only
@@ -27,67 +34,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # On a CPU larger batches fall out of the caches; on a GPU smaller ones leave it idle.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def choose_device(wanted: str = "auto") -> str:
-    """Return "cuda" or "cpu".
-
-    Raises:
-        DistillError: if CUDA is asked for and absent. Nothing falls back silently.
-    """
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise DistillError(
-            "--device cuda: PyTorch sees no CUDA device; use --device cpu, or install a CUDA build of torch"
-        )
-    return wanted
-
-
-def cpu_has_bf16() -> bool:
-    """Say whether PyTorch may use bf16 instructions (AVX512-BF16 or AMX) of this CPU.
-
-    Autocast also "works" without them, in an emulation 15 times slower than fp32, so the instructions are
-    asked for, and PyTorch's own ceiling (ATEN_CPU_CAPABILITY) is honoured.
-    """
-    if "AVX512" not in torch.backends.cpu.get_cpu_capability().upper():
-        return False
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def choose_precision(device: str, wanted: str = "auto") -> str:
-    """Return "bf16", "fp16" or "fp32": the fastest that the device computes natively.
-
-    Raises:
-        DistillError: if the device cannot compute what is asked for.
-    """
-    if device == "cuda":
-        native = torch.cuda.get_device_capability() >= (8, 0)
-        if wanted == "bf16" and not native:
-            raise DistillError(
-                "--precision bf16: this GPU has no bf16 (compute capability below 8.0); use fp16"
-            )
-        return wanted if wanted != "auto" else ("bf16" if native else "fp16")
-    if wanted == "fp16":
-        raise DistillError("--precision fp16: only a CUDA device trains in fp16; use bf16 or fp32 on a CPU")
-    if wanted == "bf16" and not cpu_has_bf16():
-        raise DistillError(
-            "--precision bf16: this CPU has no bf16 instructions and would emulate them; use fp32"
-        )
-    return wanted if wanted != "auto" else ("bf16" if cpu_has_bf16() else "fp32")
-
-
-@contextmanager
-def inference(device: str, precision: str) -> Iterator[None]:
-    """Inference mode with autocast to `precision`."""
-    autocast = torch.autocast(device, PRECISIONS[precision]) if precision != "fp32" else nullcontext()
-    with torch.inference_mode(), autocast:
-        yield
 
 
 @contextmanager
@@ -223,8 +169,22 @@ def batched_logits(
         while start < len(order):
             rows = order[start : start + max(1, batch_tokens // max(1, int(lengths[order[start]])))]
             batch = tokenizer.pad(inputs(rows), return_tensors="pt").to(device)
-            logits[rows] = model(**batch).logits.float().cpu().numpy()
-            start += len(rows)
+            try:
+                logits[rows] = model(**batch).logits.float().cpu().numpy()
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if len(rows) == 1:
+                    raise DistillError(
+                        f"out of memory with one text of {lengths[rows[0]]} tokens; give a smaller "
+                        "--max-length, or --device cpu"
+                    ) from error
+                batch_tokens //= 2
+            else:
+                start += len(rows)
+                continue
+            release()
+            logger.info("Out of memory; again with %d tokens at a time", batch_tokens)
     return logits
 
 

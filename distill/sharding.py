@@ -10,8 +10,8 @@ from accelerate import init_empty_weights
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
+from distill.devices import choose_device
 from distill.errors import DistillError
-from distill.models import choose_device
 
 ASKED = "accelerate launch --use_fsdp"
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -176,7 +176,7 @@ class LossTrainer(Trainer):
                 ],
                 **options,
             )
-            if "8bit" in str(self.args.optim):
+            if "8bit" in self.args.optim:
                 _keep_tables_at_32_bits(self.model)
         return self.optimizer
 

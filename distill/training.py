@@ -1,6 +1,5 @@
 """How a teacher and a student are trained: batches that fit the memory, and the best weights."""
 
-import gc
 import logging
 import os
 from collections.abc import Callable
@@ -19,13 +18,14 @@ from distill import processes
 from distill.arguments import TrainingOptions, training_arguments
 from distill.callbacks import ProgressCallback, SaveInTime, Watch, being_watched
 from distill.decision import fit_answers
+from distill.devices import choose_device, choose_precision, out_of_memory, placed, release
 from distill.encoding import way_of
 from distill.errors import DistillError
 from distill.first_token import first_token_only
 from distill.long_texts import HEAD, pooled
 from distill.memory import Plan, available, measure, plan, smaller
 from distill.metrics import score
-from distill.models import batched_logits, choose_device, choose_precision
+from distill.models import batched_logits
 from distill.predictions import labels_array
 from distill.sharding import prepare_sharding, sharded, whole
 from distill.trainer import BEYOND_THE_MODEL, Collator, LossTrainer, tokenize
@@ -114,10 +114,13 @@ def fit(
             if get_last_checkpoint(str(options.checkpoints)) and not being_watched():
                 logger.info("%s: interrupted; --resume goes on from the last checkpoint", title)
             raise
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             if processes.count() > 1 or sharded():  # the others wait in the middle of a step
                 raise DistillError(
-                    f"{title}: out of memory; give a smaller --batch-size and more --gradient-accumulation"
+                    f"{title}: out of memory; give a smaller --batch-size and more --gradient-accumulation, "
+                    "and --overwrite to start again"
                 ) from error
             return None
         finally:
@@ -138,13 +141,11 @@ def fit(
             logger.warning("%s: out of memory; again with %d texts at a time", title, cut.micro_batch)
             resume_from = get_last_checkpoint(str(options.checkpoints)) or None
             model.load_state_dict(start, strict=False)
-            torch.cuda.empty_cache()
+            release()
     best = float(trainer.state.best_metric or 0.0)
     trained = whole(trainer.model, kind) if sharded() else trainer.model
     del trainer
-    if sharded():  # the optimizer's part goes too
-        gc.collect()
-        torch.cuda.empty_cache()
+    release()
     return Trained(trained, device, precision, best, cut, long)
 
 
@@ -215,7 +216,9 @@ def _cut(
     kind = record.read_text(encoding="utf-8") if record.is_file() else None
     try:
         footprint = measure(model, batch, precision)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         times = asked.micro_batch * asked.accumulation
         cut = Plan(1, times, getattr(model, "supports_gradient_checkpointing", False), kind or "adamw")
         logger.warning("%s: two texts are too much for this memory; trying one at a time", title)
@@ -248,7 +251,7 @@ def predict_logits(
     Processes that train together take a part each, and all get the whole.
 
     Args:
-        model: a sequence classifier; moved to `device`.
+        model: a sequence classifier, on `device` or on the CPU, from where it is moved there for the time.
         tokenizer: its tokenizer.
         dataset: with `text` and perhaps `text_pair`.
         device: "cpu" or "cuda".
@@ -257,14 +260,15 @@ def predict_logits(
     total, rank, count = len(dataset), processes.rank(), processes.count()
     logits = np.empty((total, model.config.num_labels), dtype=np.float32)
     own = np.empty((0, model.config.num_labels), dtype=np.float32)
-    model.to(device).eval()
+    model.eval()
     if rank < total:
         encoded = tokenize(dataset.select(range(rank, total, count)) if count > 1 else dataset, tokenizer)
         inputs = encoded.select_columns(
             [name for name in tokenizer.model_input_names if name in encoded.column_names]
         )
         lengths = np.asarray(encoded["length"])
-        own = batched_logits(model, tokenizer, inputs.__getitem__, lengths, device, precision)
+        with placed(model, device, precision):
+            own = batched_logits(model, tokenizer, inputs.__getitem__, lengths, device, precision)
         if "document" in encoded.column_names:
             own = pooled(own, np.asarray(encoded["document"]))
     for number, part in enumerate(processes.gather(own)):

@@ -174,7 +174,8 @@ def open_for_explanation(
     Exported versions run in ONNX Runtime, one text at a time on every core; the others in PyTorch, in batches
     of similar length and in the fastest precision that the device computes natively.
     """
-    from distill.models import choose_device, choose_precision, text_logits
+    from distill.devices import choose_device, choose_precision, put_on
+    from distill.models import text_logits
     from distill.runtime import Classifier
 
     if version.in_onnx:
@@ -183,7 +184,7 @@ def open_for_explanation(
     model, tokenizer = _open_pytorch(version, labels)
     device = choose_device(device)
     precision = choose_precision(device)
-    model.to(device)
+    put_on(model, device, precision)
     # Masked texts have all lengths up to the whole text's: on a CPU, padding costs more than small batches
     # do.
     batch_tokens = 512 if device == "cpu" else None

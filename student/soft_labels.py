@@ -7,6 +7,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pyarrow
@@ -17,7 +18,8 @@ from datasets.table import InMemoryTable
 from numpy.typing import NDArray
 
 from distill.artifact import Manifest, manifest_hash
-from distill.models import choose_device, choose_precision, load_model, load_tokenizer
+from distill.devices import choose_device, choose_precision, put_on
+from distill.models import load_model, load_tokenizer
 from distill.predictions import UNSEEN, read_predictions
 from distill.processes import once
 from distill.ray_data import map_parquet, start_ray, stop_ray
@@ -56,7 +58,7 @@ def _table(ids: list[str], logits: NDArray[np.float32]) -> pyarrow.Table:
 def _write(folder: Path, ids: NDArray[np.str_], logits: NDArray[np.float32]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"part-{hashlib.sha256(''.join(ids).encode()).hexdigest()[:16]}.parquet"
-    unfinished = path.with_suffix(".partial")
+    unfinished = path.with_suffix(f".{uuid4().hex}.partial")  # another run may be writing the same
     pyarrow.parquet.write_table(_table(ids.tolist(), logits), unfinished)
     os.replace(unfinished, path)
 
@@ -72,6 +74,7 @@ class Labeller:
         self._model = load_model(teacher, labels, "--teacher")
         self._tokenizer = load_tokenizer(teacher, max_length, "--teacher", long_texts)
         self._how = device, precision
+        put_on(self._model, *self._how)
 
     def __call__(self, rows: pyarrow.Table) -> pyarrow.Table:
         """Give the columns id and logits."""
@@ -165,6 +168,7 @@ def teacher_logits(
     elif len(missing):
         model = load_model(str(teacher), manifest.labels, "--teacher")
         tokenizer = load_tokenizer(str(teacher), manifest.max_length, "--teacher", manifest.long_texts)
+        put_on(model, device, precision)
         started = time.monotonic()
         for start in range(0, len(missing), CHUNK):
             rows = missing[start : start + CHUNK]

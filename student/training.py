@@ -29,10 +29,11 @@ from distill.augmentation import augmented
 from distill.calibration import fit_temperature
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, recorded_recipe, refuse_unfinished
 from distill.data import Data, reload_data, texts_of
+from distill.devices import choose_device, choose_precision
 from distill.encoding import way_of
 from distill.errors import DistillError
 from distill.long_texts import WINDOWS
-from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
+from distill.models import count_parameters, load_model, load_tokenizer
 from distill.options import budget_of
 from distill.predictions import EVALUATED, labels_of, read_predictions, score_splits, write_predictions
 from distill.processes import ahead, count, join, once

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from distill.devices import PRECISIONS
 from distill.errors import DistillError
-from distill.models import PRECISIONS
 from distill.trainer import is_new
 
 SCALE = 2

@@ -1,5 +1,6 @@
 """Fine-tune a sequence-classification checkpoint on labelled text."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,9 +22,10 @@ from distill.artifact import Manifest, publish
 from distill.augmentation import augmented
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, refuse_unfinished
 from distill.data import Data, load_data
+from distill.devices import choose_device, choose_precision
 from distill.errors import DistillError
 from distill.long_texts import HEAD, WAYS, WINDOWS
-from distill.models import choose_device, choose_precision, count_parameters, load_model, load_tokenizer
+from distill.models import count_parameters, load_model, load_tokenizer
 from distill.options import budget_of
 from distill.predictions import EVALUATED, UNSEEN, labels_of, score_splits, write_predictions
 from distill.processes import ahead, count, join, once
@@ -31,6 +33,9 @@ from distill.sharding import ASKED, check_sharding, sharded
 from distill.sources import SEPARATOR, Columns
 from distill.trainer import tokenize
 from distill.training import Trained, fit, predict_logits
+
+logger = logging.getLogger(__name__)
+FEW = 50
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,10 @@ def train_teacher(options: TeacherOptions) -> Manifest:
     join(options.device)
     _check(options)
     data = ahead(partial(load_data, options.data, options.columns, options.seed))
+    if (few := len(data.splits["validation"])) < FEW:
+        logger.warning(
+            "Validation: %d texts, too few to tell epochs, or thresholds, apart; give a validation file", few
+        )
     unseen, details = {}, {}
     if options.folds:
         unseen["train"], scores = out_of_fold(data, options.folds, options, _fold)

@@ -2,27 +2,28 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_tokenizer
+from conftest import make_configs, make_tokenizer
 
-from distill import models
+from distill import devices
 from distill.data import load_data
+from distill.devices import choose_precision
 from distill.errors import DistillError
-from distill.models import BATCH_TOKENS, choose_precision, load_model, load_tokenizer
+from distill.models import BATCH_TOKENS, load_model, load_tokenizer
 from distill.training import predict_logits
 
 
 def test_bf16_is_chosen_on_a_cpu_only_with_the_instructions(monkeypatch):
-    monkeypatch.setattr(models, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(devices, "cpu_has_bf16", lambda: False)
     assert choose_precision("cpu") == "fp32"
     with pytest.raises(DistillError, match="use fp32"):
         choose_precision("cpu", "bf16")
-    monkeypatch.setattr(models, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(devices, "cpu_has_bf16", lambda: True)
     assert choose_precision("cpu") == "bf16"
 
 
 def test_pytorchs_own_ceiling_is_honoured(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not models.cpu_has_bf16()
+    assert not devices.cpu_has_bf16()
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
@@ -51,6 +52,65 @@ def test_texts_are_cut_at_what_the_models_positions_hold(tmp_path, family, limit
     model = transformers.AutoModelForSequenceClassification.from_config(config)
     ids = tokenizer("lovely " * 100, truncation=True, return_tensors="pt").input_ids
     assert model(ids).logits.shape == (1, 2)
+
+
+def _small(model, most):
+    """The model, out of memory with more than so many texts of ordinary length."""
+    original = model.forward
+
+    def forward(input_ids, **inputs):
+        if len(input_ids) > most and input_ids.shape[1] > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(input_ids, **inputs)
+
+    model.forward = forward
+
+
+def test_predictions_that_are_out_of_memory_go_on_in_smaller_batches(chain):
+    data = load_data(str(chain.data), quiet=True)
+    model, tokenizer = load_model(str(chain.teacher), data.labels), load_tokenizer(str(chain.teacher), 64)
+    expected = predict_logits(model, tokenizer, data.splits["test"], "cpu", "fp32")
+    _small(model, 3)
+    found = predict_logits(model, tokenizer, data.splits["test"], "cpu", "fp32")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    _small(model, 0)
+    with pytest.raises(DistillError, match="one text of .* tokens; give a smaller --max-length"):
+        predict_logits(model, tokenizer, data.splits["test"], "cpu", "fp32")
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_model_is_moved_in_half_its_size_computes_the_same_and_comes_back_whole(family, monkeypatch):
+    config = {**make_configs(2), "gpt2": transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4,
+                                                                 pad_token_id=0)}[family]  # fmt: skip
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def logits():
+        with devices.inference("cpu", "bf16"):
+            return model(ids).logits
+
+    expected = logits()
+    # A CPU that is taken for another device.
+    monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
+    with devices.placed(model, "cpu", "bf16"):
+        kinds = {parameter.dtype for parameter in model.parameters()}
+        assert kinds == {torch.float32, torch.bfloat16}
+        torch.testing.assert_close(logits(), expected, rtol=0, atol=0)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+    ],
+)
+def test_libraries_that_found_no_memory_are_understood(error, expected):
+    assert devices.out_of_memory(error) is expected
 
 
 def test_logits_in_batches_equal_those_of_single_texts(chain, monkeypatch):

@@ -8,7 +8,7 @@ from conftest import make_configs, make_tokenizer
 from datasets import Dataset
 
 from distill import options as options_module
-from distill.arguments import EVALUATIONS, TrainingOptions, length_of, training_arguments
+from distill.arguments import EVALUATIONS, OPTIMIZERS, TrainingOptions, length_of, training_arguments
 from distill.memory import Plan
 from distill.trainer import LossTrainer, is_new, tokenize
 from distill.training import _tell_long
@@ -45,6 +45,20 @@ def test_every_parameter_is_trained_once_and_the_head_at_its_own_rate(family, tm
             assert rates[id(parameter)] == (1e-3 if is_new(name, model.base_model_prefix) else 1e-4)
             assert decays[id(parameter)] == (0.1 if name in decayed else 0.0)
     assert isinstance(trainer.optimizer, torch.optim.AdamW)
+
+
+def test_embeddings_keep_32_bits_beside_an_8_bit_optimizer(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr("distill.trainer._keep_tables_at_32_bits", kept.append)
+    model = transformers.AutoModelForSequenceClassification.from_config(FAMILIES["bert"])
+    for kind in OPTIMIZERS.values():
+        arguments = transformers.TrainingArguments(str(tmp_path), optim=kind, report_to=[], use_cpu=True)
+        trainer = LossTrainer(model=model, args=arguments, loss=None)
+        monkeypatch.setattr(
+            trainer, "get_optimizer_cls_and_kwargs", lambda *given: (torch.optim.AdamW, {"lr": 1e-4})
+        )
+        trainer.create_optimizer()
+    assert kept == [model]
 
 
 def test_rows_in_a_file_are_memory_mapped_and_tokenized_once(tmp_path):

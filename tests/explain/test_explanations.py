@@ -40,7 +40,7 @@ def test_what_is_explained_is_what_the_classifier_answers(chain):
 
 def test_the_student_explained_through_its_graph_is_the_one_in_pytorch(chain, tmp_path, monkeypatch):
     # In bf16, which some machines choose, values as small as this toy's are rounded away.
-    monkeypatch.setattr("distill.models.choose_precision", lambda device: "fp32")
+    monkeypatch.setattr("distill.devices.choose_precision", lambda device: "fp32")
     through_graph = explain_texts(_options(chain, texts=[TEXT], versions=["student"]))[0]
     options = ExplainOptions(
         texts=[TEXT], versions=["student"], student=chain.student, export=tmp_path / "absent"
