@@ -87,8 +87,9 @@ def load_model(
             problem_type=problem_type,
             trust_remote_code=False,
         )
-        if getattr(config, "pad_token_id", None) is None:
-            # Decoders: the classifier reads the last token that is not this one.
+        if getattr(config, "pad_token_id", None) is None or _is_decoder(config):
+            # Of a decoder the classifier reads the last token that is not this one; its own configuration
+            # may name another one than its tokenizer pads with.
             config.pad_token_id = load_tokenizer(checkpoint, 1, option).pad_token_id
         config.use_cache = False  # of keys and values, which serve to write text
         if dropout is not None:
@@ -104,6 +105,11 @@ def load_model(
             dtype=torch.float32,
             **(further(config) if further else {}),
         )
+
+
+def _is_decoder(config: Any) -> bool:
+    kind = config.model_type
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model", long_texts: str = HEAD) -> Any:
@@ -123,6 +129,8 @@ def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model", lo
             raise DistillError(f"{option} {checkpoint}: its tokenizer can neither pad nor end a text; "
                                "choose another checkpoint")  # fmt: skip
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.eos_token is not None and not tokenizer.num_special_tokens_to_add(pair=True):
+        _separate_pairs(tokenizer)
     if config.model_type not in READ_FROM_THE_END:
         # A decoder's last token has seen no padding after it, and its positions count from the first one.
         tokenizer.padding_side = "right"
@@ -134,6 +142,14 @@ def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model", lo
         limits.append(positions - offset)
     tokenizer.model_max_length = int(min(limits))
     return read_long_texts(tokenizer, long_texts)
+
+
+def _separate_pairs(tokenizer: Any) -> None:
+    """Put the end-of-text token between the texts of a pair, where a decoder's tokenizer puts nothing."""
+    end = [(tokenizer.eos_token, tokenizer.eos_token_id)]
+    between = TemplateProcessing(single="$A", pair=f"$A {tokenizer.eos_token} $B", special_tokens=end)
+    own = tokenizer.backend_tokenizer.post_processor
+    tokenizer.backend_tokenizer.post_processor = Processors([own, between]) if own else between
 
 
 OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -52,6 +55,22 @@ def test_a_decoder_reads_the_same_alone_and_in_a_padded_batch(decoder):
         last = model.base_model(bare).last_hidden_state[0, -1]
     torch.testing.assert_close(batch, torch.stack(alone), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.score(last), alone[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_decoder_whose_configuration_pads_otherwise_reads_the_last_token_all_the_same(decoder, tmp_path):
+    shutil.copytree(decoder, tmp_path / "other")
+    config = json.loads((decoder / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "pad_token_id": 5}))
+    test_a_decoder_reads_the_same_alone_and_in_a_padded_batch(tmp_path / "other")
+
+
+def test_something_stands_between_the_texts_of_a_pair(decoder, tmp_path):
+    tokenizer = load_tokenizer(str(decoder), 64)
+    alone, pair = tokenizer("lovely").input_ids, tokenizer("lovely", "phone").input_ids
+    assert pair == [*alone, tokenizer.eos_token_id, *tokenizer("phone").input_ids]
+    tokenizer.save_pretrained(tmp_path)
+    shutil.copy(decoder / "config.json", tmp_path)
+    assert load_tokenizer(str(tmp_path), 64)("lovely", "phone").input_ids == pair
 
 
 @pytest.mark.slow
