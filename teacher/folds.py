@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from distill.arguments import TrainingOptions
 from distill.data import Data
-from distill.decision import Decision, Labels
+from distill.decision import Decision, Labels, fit_thresholds
 from distill.errors import DistillError
 from distill.metrics import score
 from distill.predictions import labels_of
@@ -58,7 +58,7 @@ def out_of_fold(
 ) -> tuple[NDArray[np.float32], list[float]]:
     """Logits for the training text, each from a teacher that has not seen it.
 
-    Those of a finished fold are kept until `discard_folds`, so that an interrupted run goes on with the next.
+    Those of a finished fold are kept until `discard_folds`, so that a resumed run goes on with the next.
 
     Args:
         data: all splits.
@@ -70,15 +70,19 @@ def out_of_fold(
         Logits in the order of the training split, shape (n, classes); the macro-F1 of every fold.
 
     Raises:
-        DistillError: if there are fewer training texts than folds.
+        DistillError: if there are fewer different training texts than folds, or an interrupted run left
+            some that are neither to be resumed nor overwritten.
     """
     whole = data.splits["train"]
     labels = labels_of(whole)
-    if folds > len(labels):
-        raise DistillError(f"--folds {folds}: there are only {len(labels)} training texts; give fewer folds")
-    assigned = assign_folds(labels, folds, options.seed)
+    # Copies of a text are in one fold, or a teacher would have seen what it labels.
+    _, first, texts = np.unique(np.asarray(whole["id"]), return_index=True, return_inverse=True)
+    if folds > len(first):
+        raise DistillError(f"--folds {folds}: there are only {len(first)} training texts; give fewer folds")
+    _tell_lonely(labels[first], data.labels)
+    assigned = assign_folds(labels[first], folds, options.seed)[texts]
+    once(partial(_refuse_unfinished, options))
     logits = np.empty((len(labels), len(data.labels)), dtype=np.float32)
-    scores = []
     for number in range(folds):
         rest, held = np.flatnonzero(assigned != number), np.flatnonzero(assigned == number)
         fold = replace(
@@ -95,12 +99,37 @@ def out_of_fold(
             found = train(own, fold, whole.select(held))
             once(partial(_keep, kept, found))
         logits[held] = np.load(kept)
-        # No text is left to choose thresholds on: a label is given from a probability of one half.
-        decision = Decision(thresholds=(0.0,) * len(data.labels) if labels.ndim == 2 else None)
-        scores.append(score(labels[held], decision.answers(logits[held]), len(data.labels)).macro_f1)
-        logger.info("Fold %d of %d: macro-F1 %.4f on its own texts", number + 1, folds, scores[-1])
-    logger.info("Cross-validation: macro-F1 %.4f ± %.4f", np.mean(scores), np.std(scores, ddof=1))
+    scores = [_score(logits, labels, assigned == number) for number in range(folds)]
+    shown = ", ".join(f"{one:.4f}" for one in scores)
+    logger.info("Cross-validation: macro-F1 %.4f ± %.4f (%s)", np.mean(scores), np.std(scores, ddof=1), shown)
     return logits, scores
+
+
+def _score(logits: NDArray[np.float32], labels: Labels, held: NDArray[np.bool_]) -> float:
+    """Macro-F1 of a fold, with any thresholds chosen on the other ones."""
+    decision = Decision(thresholds=fit_thresholds(logits[~held], labels[~held]))
+    return score(labels[held], decision.answers(logits[held]), logits.shape[1]).macro_f1
+
+
+def _tell_lonely(labels: Labels, names: list[str]) -> None:
+    """Warn of classes with a single text: the teacher that labels it has seen none of its class."""
+    counts = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(names))
+    if lonely := [name for name, count in zip(names, counts, strict=True) if count == 1]:
+        logger.warning(
+            "--folds: %d labels have one training text (%s), whose soft label says that it is another; "
+            "add texts of them",
+            len(lonely), ", ".join(lonely[:3]),
+        )  # fmt: skip
+
+
+def _refuse_unfinished(options: TrainingOptions) -> None:
+    place = _place(options)
+    if place.exists() and not options.resume:
+        if not options.overwrite:
+            raise DistillError(
+                f"{place}: folds of an interrupted run; --resume goes on, --overwrite starts again"
+            )
+        discard_folds(options)
 
 
 def _keep(file: Path, logits: NDArray[np.float32]) -> None:

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from conftest import make_rows, write_csv
 from distill.student.soft_labels import teacher_logits
 from distill.student.training import StudentOptions, train_student
 from distill.teacher import training
-from distill.teacher.folds import assign_folds
+from distill.teacher.folds import assign_folds, out_of_fold
 from distill.teacher.training import TeacherOptions, train_teacher
 
 from distill.artifact import read_manifest
@@ -81,6 +84,29 @@ def test_a_student_learns_training_text_from_teachers_that_have_not_seen_it(
         )
     )
     assert "Soft labels: 240 texts known" in caplog.text
+
+
+def test_copies_of_a_text_are_in_one_fold_and_single_texts_of_a_class_are_told(tmp_path, caplog):
+    rows = [*make_rows(40), *make_rows(40)[:10], ("only this one", "rare"), ("and this", "neutral")]
+    data = load_data(str(write_csv(tmp_path / "train.csv", rows)), quiet=True)
+    seen = []
+
+    def fold(options, part, held_out):
+        assert not {*part.splits["train"]["id"]} & {*held_out["id"]}
+        seen.extend(held_out["id"])
+        return np.zeros((len(held_out), len(part.labels)), np.float32)
+
+    options = TeacherOptions(output=tmp_path / "runs" / "t", data="x", model="m")
+    out_of_fold(data, 3, options, fold)
+    train = data.splits["train"]["id"]
+    assert sorted(seen) == sorted(train) and len({*train}) < len(train)
+    with pytest.raises(DistillError, match="--resume goes on, --overwrite starts again"):
+        out_of_fold(data, 3, options, fold)
+    out_of_fold(data, 3, replace(options, resume=True), None)
+    assert len(seen) == len(train)
+    out_of_fold(data, 3, replace(options, overwrite=True), fold)
+    assert len(seen) == 2 * len(train)
+    assert "1 labels have one training text (rare)" in caplog.text
 
 
 @pytest.mark.slow
