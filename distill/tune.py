@@ -300,12 +300,21 @@ def _write_report(opened: Any, folder: Path, stage: str, found: Any) -> None:
 
 def _summary(found: Any) -> str:
     stopped = f", {found.pruned} of them stopped early" if found.pruned else ""
+    if found.pending:
+        return (
+            f"Best of {found.trials} trials{stopped}: macro-F1 {found.score:.4f} on validation. Today's "
+            "settings are not finished, so nothing is written yet: another worker that has them does it when "
+            "it ends; without one, the same command does, two minutes from now"
+        )
     if not found.improved:
         return (
             f"Today's settings stand: macro-F1 {found.before:.4f} on validation, and none of {found.trials} "
             f"trials was better{stopped}."
         )
-    before = ", and there is nothing to hold it against: not everything that is searched has a value today"
+    before = (
+        ", and there is nothing to hold it against: not everything that is searched has a value today, or "
+        "the training with today's settings failed"
+    )
     if found.before is not None:
         before = f", {found.before:.4f} with the settings until now"
     return (

@@ -46,11 +46,13 @@ class Tuned:
     """With today's settings; None where these say nothing of what was searched."""
     trials: int
     pruned: int
+    pending: bool = False
+    """Whether another worker is still training with today's settings, or was lost with them."""
 
     @property
     def improved(self) -> bool:
         """Whether anything was better than today's settings."""
-        return self.before is None or self.score > self.before
+        return not self.pending and (self.before is None or self.score > self.before)
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ class _Worker:
         except optuna.TrialPruned:
             shutil.rmtree(place, ignore_errors=True)
             raise
-        except (RuntimeError, DistillError) as error:
+        except (RuntimeError, ValueError, OSError, DistillError) as error:
             shutil.rmtree(place, ignore_errors=True)
             if isinstance(error, DistillError) and not complete:
                 raise  # with values that have served it is of this trial, else of the command
@@ -271,19 +273,29 @@ def search(
     """
     study, worker = opened.study, _Worker(opened, train, folder, trials)
     enough = MaxTrialsCallback(trials, states=DONE)
+    optuna.storages.fail_stale_trials(study)
     if len(study.get_trials(False, DONE)) < trials:
         study.optimize(worker, timeout=seconds, callbacks=[worker.finished, enough], catch=(RuntimeError,))
+    while seconds is None and _with_todays(study, TrialState.WAITING):  # its worker was lost
+        study.optimize(worker, n_trials=1, callbacks=[worker.finished], catch=(RuntimeError,))
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
         raise DistillError("no trial was finished: the lines above say why")
     best = max(complete, key=lambda one: (one.value, -one.number))
+    before = [float(one.value or 0) for one in _with_todays(study, TrialState.COMPLETE)]
     return Tuned(
         best=dict(best.params),
         score=float(best.value),
-        before=max((float(one.value) for one in complete if one.user_attrs.get("before")), default=None),
+        before=max(before, default=None),
         trials=len(study.get_trials(False, DONE)),
         pruned=len(study.get_trials(False, (TrialState.PRUNED,))),
+        pending=not before and bool(_with_todays(study, TrialState.WAITING, TrialState.RUNNING)),
     )
+
+
+def _with_todays(study: Any, *states: TrialState) -> list[FrozenTrial]:
+    """Trials with today's settings, where everything that is searched has a value today."""
+    return [one for one in study.get_trials(False, states) if one.user_attrs.get("before")]
 
 
 def _draw_value(trial: Any, name: str, distribution: Distribution) -> Any:

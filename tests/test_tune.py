@@ -117,6 +117,18 @@ def test_a_trial_whose_worker_was_killed_is_tried_again(tmp_path, monkeypatch):
     seen = []
     found = _search(_study(tmp_path), tmp_path, lambda values, place: seen.append(values) or 0.5, 3)
     assert found.trials == 3 and killed.params in seen
+    assert found.before == 0.5 and not found.pending
+
+
+def test_nothing_is_better_than_todays_settings_until_they_are_finished(tmp_path):
+    other = _study(tmp_path).study
+    todays = other.ask(SPACE)
+    other._storage.record_heartbeat(todays._trial_id)
+    found = _search(_study(tmp_path), tmp_path, lambda values, place: 0.5, 2)
+    assert found.pending and not found.improved and found.before is None
+    other.tell(todays, 0.4)
+    found = _search(_study(tmp_path), tmp_path, lambda values, place: 0.5, 2)
+    assert found.improved and found.before == 0.4
 
 
 def test_a_poor_trial_is_stopped_and_todays_settings_never_are(tmp_path):
