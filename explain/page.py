@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from distill.explain import figures
 from distill.explain.browser import embedded
+from distill.explain.rendering import truncation
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -74,6 +75,7 @@ def render_page(report: dict[str, Any], browsed: dict[str, Any]) -> str:
     return environment.get_template("report.html").render(
         report=report,
         versions=versions,
+        truncation=truncation(report),
         reference=versions[0],
         shipped=shipped,
         telling=_telling(report),

@@ -16,7 +16,7 @@ def render(report: dict[str, Any], markdown: bool) -> str:
         _versions_table(report, markdown),
         f"Latency: median of {report['latency_texts']} test texts, one at a time, one thread, all versions "
         f"in one run, on {report['cpu']}. Teacher and student run in PyTorch, the others in "
-        "ONNX Runtime; tokenization included.",
+        f"ONNX Runtime; tokenization included. {truncation(report)}",
         _heading("Against the teacher", 2, markdown),
         _significance_table(report, markdown),
         f"Differences in points, with {100 * found['confidence']:.0f} % intervals of a paired bootstrap "
@@ -43,6 +43,17 @@ LABEL_NOTE = (
     "Threshold: the probability from which on the label is given, chosen on validation text for its F1. "
     "Missed: texts that have the label and are not given it. Wrong: texts given it without having it."
 )
+
+
+def truncation(report: dict[str, Any]) -> str:
+    """How many test texts are longer than what is read."""
+    teacher, student = (100 * row["truncated_share"] for row in report["versions"][:2])
+    if not teacher and not student:
+        return "All test texts are read to their end."
+    return (
+        f"Longer than what is read: {teacher:.1f} % of the test texts for the teacher, {student:.1f} % for "
+        "the student and its ONNX versions."
+    )
 
 
 def _binned(report: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from distill.explain.versions import (
     open_for_explanation,
     open_for_latency,
     read_versions,
+    truncated_share,
 )
 from distill.explain.words import Text
 
@@ -25,7 +26,7 @@ from distill.errors import DistillError
 from distill.latency import cpu_name, measure
 from distill.significance import Interval, non_inferior
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 DEFAULT_MARGIN = 3.0
 
 
@@ -84,6 +85,8 @@ def compile_report(options: ReportOptions) -> tuple[dict[str, Any], dict[str, An
 
     versions, bundle = read_versions(options.teacher, options.student, options.export)
     texts = texts_of(reload_data(bundle.data, bundle.labels, options.data).splits["test"])
+    # What was exported reads as the student does.
+    truncated = {version.name: truncated_share(version, texts) for version in versions[:2]}
     latency = _latency(versions, bundle.labels, texts, options.texts)
     rows = compare_versions(versions, len(bundle.labels), options.target_precision, bundle.seed)
     for row, version in zip(rows, versions, strict=True):
@@ -91,6 +94,7 @@ def compile_report(options: ReportOptions) -> tuple[dict[str, Any], dict[str, An
         row["parameters"] = version.parameters
         row["bytes"] = version.size
         row["latency_ms"] = latency[version.name]
+        row["truncated_share"] = truncated["teacher" if version is versions[0] else "student"]
         row["speedup"] = latency[versions[0].name] / latency[version.name]
     margin = DEFAULT_MARGIN if options.max_drop is None else options.max_drop
     report: dict[str, Any] = {

@@ -155,6 +155,18 @@ def _open_pytorch(version: Version, labels: list[str]) -> tuple[Any, Any]:
     return model, load_tokenizer(str(version.folder), version.max_length, option, version.long_texts)
 
 
+def truncated_share(version: Version, texts: Sequence[Text]) -> float:
+    """The share of texts that are longer than a teacher or student reads."""
+    from distill.encoding import encode
+    from distill.models import load_tokenizer
+
+    tokenizer = load_tokenizer(
+        str(version.folder), version.max_length, f"--{version.name}", version.long_texts
+    )
+    encoded = encode(texts, tokenizer)
+    return len({text for text, cut in zip(encoded.owners, encoded.cut, strict=True) if cut}) / len(texts)
+
+
 def open_for_latency(version: Version, labels: list[str]) -> Callable[[Any], object]:
     """Open a version as a function of one text, one thread; teacher and student in PyTorch, in fp32."""
     from distill.models import open_pytorch
