@@ -161,6 +161,8 @@ def predict_with_ray(
         DistillError: if something is missing, in the way, or not what an interrupted run was started with.
     """
     given = open_parquet(source)
+    if not given.count_rows():
+        raise DistillError(f"{source}: no rows; give a file with texts")
     files, place = place_of(output)
     notes = place_of(f"{output.rstrip('/')}.checkpoint")[1]
     _, inner = place_of(source)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from distill.checks import Finding, find_duplicates, report_findings
 from distill.decision import MULTI_LABEL, SINGLE_LABEL
 from distill.errors import DistillError
 from distill.files import SUFFIXES
+from distill.ray_data import fetch
 from distill.sources import Columns, read_file, read_source
 
 logger = logging.getLogger(__name__)
@@ -275,7 +277,16 @@ def texts_of(dataset: Dataset) -> list[str | tuple[str, str]]:
 
 
 def load_unlabeled(source: str, columns: Columns | None = None) -> Dataset:
-    """Load texts without labels, from a file or a folder: columns id, text (and text_pair), none empty."""
+    """Load texts without labels: columns id, text (and text_pair), none empty.
+
+    Args:
+        source: a file, a folder of files, or the address of one, such as s3://bucket/folder.
+        columns: column names; those left out are found by their usual names.
+    """
+    if "://" in source:
+        with TemporaryDirectory() as scratch:
+            fetch(source, Path(scratch))
+            return load_unlabeled(scratch, columns)
     paths = [Path(source)]
     if paths[0].is_dir():
         paths = sorted(path for path in paths[0].iterdir() if path.suffix.lower() in SUFFIXES)

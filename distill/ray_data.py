@@ -14,6 +14,7 @@ import pyarrow.dataset
 from pyarrow import fs
 
 from distill.errors import DistillError
+from distill.files import SUFFIXES
 from distill.runtime import cores
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,26 @@ def place_of(source: str) -> tuple[fs.FileSystem, str]:
         return fs.FileSystem.from_uri(source if "://" in source else Path(source).resolve().as_uri())
     except (pyarrow.ArrowException, OSError) as error:
         raise DistillError(f"{source}: cannot be opened: {one_line(error)}") from error
+
+
+def fetch(source: str, folder: Path) -> None:
+    """Copy the files with texts at an address into a folder here.
+
+    Raises:
+        DistillError: if there are none, or they cannot be read.
+    """
+    files, place = place_of(source)
+    try:
+        found = files.get_file_info(place)
+        several = found.type == fs.FileType.Directory
+        for one in files.get_file_info(fs.FileSelector(place)) if several else [found]:
+            if Path(one.path).suffix.lower() in SUFFIXES:
+                target = str((folder / one.base_name).resolve())
+                fs.copy_files(one.path, target, files, fs.LocalFileSystem())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DistillError(f"{source}: cannot be read: {one_line(error)}") from error
+    if not any(folder.iterdir()):
+        raise DistillError(f"{source}: no file with text in it; name {', '.join(SUFFIXES)}")
 
 
 def open_parquet(source: str) -> Any:
@@ -85,8 +106,12 @@ def start_ray(on_gpu: bool, workers: int | None) -> Workers:
     local, own = not os.environ.get("RAY_ADDRESS"), not ray.is_initialized()
     if own:
         # On one machine Ray gets more to book than there is: with all of it booked the run would stand still.
-        booked = cores() + BESIDE if local else None
-        ray.init(num_cpus=booked, log_to_driver=False, logging_level=logging.ERROR)
+        where = {"address": "local", "num_cpus": cores() + BESIDE} if local else {}
+        try:
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, ValueError, RuntimeError) as error:
+            named = "Ray cannot be started" if local else f"no cluster at {os.environ['RAY_ADDRESS']}"
+            raise DistillError(f"--engine ray: {named}: {one_line(error)}") from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is raised, too
     resources = ray.cluster_resources()
     cpus, gpus = (int(resources.get(name, 0)) for name in ("CPU", "GPU"))

@@ -63,7 +63,7 @@ class Milliseconds(click.ParamType):
     help="Keep this many of the most frequent tokens of what the student learns on, 0 for all of them, and "
     "what spells the rest [the checkpoint's].",
 )
-@click.option("--unlabeled", help="File, or folder of them, with more texts, which only the teacher labels.")
+@click.option("--unlabeled", help="File, folder or address with more texts, which only the teacher labels.")
 @click.option(
     "--augment",
     metavar="10x",

@@ -1,11 +1,14 @@
 import json
+import re
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 from conftest import make_rows, write_csv
 
 from distill.data import load_data, load_unlabeled
+from distill.errors import DistillError
 from distill.sources import Columns
 
 ROWS = make_rows(120)
@@ -173,6 +176,18 @@ def test_a_hub_dataset_with_class_names_and_unlabelled_test_split(monkeypatch):
     assert len(data.splits["validation"]) == 20
     assert len(data.splits["test"]) == 10  # made from train, because the Hub's test split has no labels
     assert _kinds(data)["missing label", "test"].count == 5
+
+
+def test_unlabeled_texts_come_from_an_address_too(tmp_path):
+    write_csv(tmp_path / "more" / "a.csv", [("one",), ("two",)], ("text",))
+    write_csv(tmp_path / "more" / "b.csv", [("three",)], ("text",))
+    (tmp_path / "more" / "notes.md").write_text("no text of ours")
+    address = (tmp_path / "more").as_uri()
+    assert list(load_unlabeled(address)["text"]) == ["one", "two", "three"]
+    assert list(load_unlabeled(f"{address}/b.csv")["text"]) == ["three"]
+    for wrong in (f"{address}/absent.csv", f"{address}/notes.md", "nothing://bucket/texts"):
+        with pytest.raises(DistillError, match=re.escape(wrong)):
+            load_unlabeled(wrong)
 
 
 def test_unlabeled_texts_need_no_label_and_lose_the_empty_ones(tmp_path):
