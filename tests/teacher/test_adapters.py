@@ -4,12 +4,16 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import make_configs
+from conftest import make_configs, make_tokenizer
+from distill.explain.report import ReportOptions
+from distill.export.bundle import ExportOptions
+from distill.student.training import StudentOptions
 from distill.teacher import adapters
 from distill.teacher.adapters import add_adapters, in_four_bits, merge_adapters
 from distill.teacher.training import TeacherOptions, train_teacher
 from transformers import AutoModelForSequenceClassification
 
+from distill import export_student, train_student, write_report
 from distill.artifact import read_manifest
 from distill.callbacks import ProgressCallback
 from distill.errors import DistillError
@@ -93,6 +97,23 @@ def _options(folder, data_file, checkpoint, **changes):
     return TeacherOptions(output=folder / "runs" / "t", data=str(data_file), model=str(checkpoint), **{**common, **changes})  # fmt: skip
 
 
+def _to_the_report(folder):
+    """Student, bundle and report of a teacher; the macro-F1 of every version."""
+    places = {name: folder / "runs" / name for name in ("student", "export", "report")}
+    common = {"learning_rate": 3e-3, "precision": "fp32", "batch_size": 16}
+    train_student(
+        StudentOptions(output=places["student"], teacher=folder / "runs" / "t", layers=2, epochs=4, **common)
+    )
+    export_student(
+        ExportOptions(student=places["student"], output=places["export"], int8=True, max_drop=100.0)
+    )
+    report = write_report(
+        ReportOptions(teacher=folder / "runs" / "t", student=places["student"], export=places["export"],
+                      output=places["report"], texts=5, explain=0)
+    )  # fmt: skip
+    return {row["version"]: row["scores"]["macro_f1"] for row in report["versions"]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
 def test_a_teacher_trained_with_adapters_is_an_ordinary_checkpoint(tmp_path, data_file, checkpoint, more):
@@ -106,6 +127,9 @@ def test_a_teacher_trained_with_adapters_is_an_ordinary_checkpoint(tmp_path, dat
     again = train_teacher_logits(folder, manifest)
     kept = read_predictions(folder, "test")["teacher"].logits
     torch.testing.assert_close(again, torch.tensor(kept), rtol=0, atol=1e-4)
+    if not more:
+        scores = _to_the_report(tmp_path)
+        assert scores.keys() == {"teacher", "student", "onnx-fp32", "int8"} and min(scores.values()) > 0.5
 
 
 def train_teacher_logits(folder, manifest):
@@ -153,6 +177,7 @@ def test_a_model_without_linear_layers_is_refused():
 @pytest.mark.parametrize("kind", ["bert", "mpnet", "llama"])
 def test_adapters_on_four_bit_weights_merge_into_fp32_weights_that_compute_the_same(kind, tmp_path):
     _classifier(kind).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
     model = load_model(
         str(tmp_path), ["a", "b", "c"], further=lambda config: in_four_bits(config, "cpu", "fp32")
     )
@@ -162,6 +187,7 @@ def test_adapters_on_four_bit_weights_merge_into_fp32_weights_that_compute_the_s
     merged = merge_adapters(adapted)
     torch.testing.assert_close(_logits(merged), expected, rtol=0, atol=1e-3)
     merged.save_pretrained(tmp_path / "merged")
+    make_tokenizer().save_pretrained(tmp_path / "merged")
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     torch.testing.assert_close(
         _logits(load_model(str(tmp_path / "merged"), ["a", "b", "c"])), _logits(merged)
@@ -182,6 +208,7 @@ def test_a_teacher_trained_in_four_bits_is_an_ordinary_checkpoint(tmp_path, data
     assert manifest.metrics["test"]["macro_f1"] > 0.5
     kept = read_predictions(folder, "test")["teacher"].logits
     torch.testing.assert_close(train_teacher_logits(folder, manifest), torch.tensor(kept), rtol=0, atol=1e-4)
+    assert min(_to_the_report(tmp_path).values()) > 0.5
 
 
 def test_four_bits_without_bitsandbytes_are_refused_in_one_line(tmp_path, data_file, checkpoint, monkeypatch):
