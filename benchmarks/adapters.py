@@ -1,7 +1,7 @@
 """Full fine-tuning, LoRA and QLoRA of one teacher: quality, time and highest memory, each in its own process.
 
 Scored on validation; the test split is not looked at. Prints a table and keeps
-benchmarks/results/adapters/SET.json. On a CPU 4-bit weights are computed with, but not fast.
+benchmarks/results/adapters/SET_MODEL.json. On a CPU 4-bit weights are computed with, but not fast.
 
 Usage: python benchmarks/adapters.py DATA --model all-mpnet-base-v2 --set snips
 
@@ -68,7 +68,9 @@ def main(
             )
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
         result = {"device": device, "model": Path(model).name, "epochs": epochs, "kinds": rows}
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (RESULTS / f"{name}_{Path(model).name}.json").write_text(
+            json.dumps(result, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
