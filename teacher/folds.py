@@ -76,7 +76,9 @@ def out_of_fold(
     whole = data.splits["train"]
     labels = labels_of(whole)
     # Copies of a text are in one fold, or a teacher would have seen what it labels.
-    _, first, texts = np.unique(np.asarray(whole["id"]), return_index=True, return_inverse=True)
+    numbers: dict[str, int] = {}
+    texts = np.array([numbers.setdefault(one, len(numbers)) for one in whole["id"]])
+    first = np.unique(texts, return_index=True)[1]
     if folds > len(first):
         raise DistillError(f"--folds {folds}: there are only {len(first)} training texts; give fewer folds")
     _tell_lonely(labels[first], data.labels)
