@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -284,9 +283,11 @@ def load_unlabeled(source: str, columns: Columns | None = None) -> Dataset:
         columns: column names; those left out are found by their usual names.
     """
     if "://" in source:
-        with TemporaryDirectory() as scratch:
-            fetch(source, Path(scratch))
-            return load_unlabeled(scratch, columns)
+        folder = str(fetch(source))
+        try:
+            return load_unlabeled(folder, columns)
+        except DistillError as error:
+            raise DistillError(str(error).replace(folder, source)) from error
     paths = [Path(source)]
     if paths[0].is_dir():
         paths = sorted(path for path in paths[0].iterdir() if path.suffix.lower() in SUFFIXES)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from transformers.pytorch_utils import Conv1D
 
 from distill.errors import DistillError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 def choose_device(wanted: str = "auto") -> str:
@@ -76,18 +76,25 @@ def inference(device: str, precision: str) -> Iterator[None]:
 
 
 def put_on(model: Any, device: str, precision: str) -> None:
-    """Move a model to a device for inference, from a CPU in half its size.
+    """Move a model to a device for inference; one that is too large there in fp32 in half its size.
 
-    Autocast casts the matrices of linear layers at every call. Here they are cast once, on their way: the
-    same numbers, and room for a model that is too large in fp32.
+    That is with the matrices of linear layers cast to what autocast casts them to at every call: the same
+    numbers.
 
     Raises:
-        DistillError: if it does not fit.
+        DistillError: if it does not fit so either.
     """
     try:
-        if model.device.type != device:
-            for matrix in _matrices(model):
-                matrix.data = matrix.data.to(device, PRECISIONS[precision])
+        model.to(device)
+        return
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    model.to("cpu")
+    release()
+    try:
+        for matrix in _matrices(model):
+            matrix.data = matrix.data.to(device, PRECISIONS[precision])
         model.to(device)
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -123,11 +130,8 @@ def _matrices(model: Any) -> list[torch.Tensor]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch, or a library below it, found no memory: cuBLAS and cuDNN have errors of their own."""
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or should_reduce_batch_size(error)  # type: ignore[arg-type]
-        or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
-    )
+    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+    return told or isinstance(error, torch.OutOfMemoryError)
 
 
 def release() -> None:

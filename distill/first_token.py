@@ -56,7 +56,9 @@ def _last_attention(model: Any) -> Any:
     relative = getattr(config, "position_embedding_type", "absolute") != "absolute"
     if config.model_type not in FAMILIES or config.is_decoder or relative:
         return None
-    return model.base_model.encoder.layer[-1].attention
+    attention = model.base_model.encoder.layer[-1].attention
+    # In a model in half its size the trial would run into two types, outside of autocast.
+    return attention if attention.self.query.weight.dtype == torch.float32 else None
 
 
 def _of_others(attention: Any) -> type:

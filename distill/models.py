@@ -90,7 +90,8 @@ def load_model(
         if getattr(config, "pad_token_id", None) is None or _is_decoder(config):
             # Of a decoder the classifier reads the last token that is not this one; its own configuration
             # may name another one than its tokenizer pads with.
-            config.pad_token_id = load_tokenizer(checkpoint, 1, option).pad_token_id
+            padding = load_tokenizer(checkpoint, 1, option).pad_token_id
+            config.pad_token_id = config.get_text_config().pad_token_id = padding
         config.use_cache = False  # of keys and values, which serve to write text
         if dropout is not None:
             for name, value in config.to_dict().items():
@@ -129,7 +130,8 @@ def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model", lo
             raise DistillError(f"{option} {checkpoint}: its tokenizer can neither pad nor end a text; "
                                "choose another checkpoint")  # fmt: skip
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.eos_token is not None and not tokenizer.num_special_tokens_to_add(pair=True):
+    separate = tokenizer.num_special_tokens_to_add(pair=True)
+    if _is_decoder(config) and not separate and tokenizer.eos_token is not None:
         _separate_pairs(tokenizer)
     if config.model_type not in READ_FROM_THE_END:
         # A decoder's last token has seen no padding after it, and its positions count from the first one.
@@ -184,18 +186,18 @@ def batched_logits(
     with first_token_only(model), inference(device, precision):
         while start < len(order):
             rows = order[start : start + max(1, batch_tokens // max(1, int(lengths[order[start]])))]
-            batch = tokenizer.pad(inputs(rows), return_tensors="pt").to(device)
+            batch = tokenizer.pad(inputs(rows), return_tensors="pt")
             try:
+                batch = batch.to(device)
                 logits[rows] = model(**batch).logits.float().cpu().numpy()
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
                 if len(rows) == 1:
                     raise DistillError(
-                        f"out of memory with one text of {lengths[rows[0]]} tokens; give a smaller "
-                        "--max-length, or --device cpu"
+                        f"out of memory with a text of {lengths[rows[0]]} tokens; give a smaller --max-length"
                     ) from error
-                batch_tokens //= 2
+                batch_tokens = len(rows) * int(lengths[rows[0]]) // 2
             else:
                 start += len(rows)
                 continue

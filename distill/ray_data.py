@@ -1,14 +1,19 @@
 """Parquet in, Parquet out, over Ray Data: on one machine or many, and a restart does only what is missing."""
 
+import hashlib
+import json
 import logging
 import os
 import re
+import shutil
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.dataset
 from pyarrow import fs
@@ -34,24 +39,38 @@ def place_of(source: str) -> tuple[fs.FileSystem, str]:
         raise DistillError(f"{source}: cannot be opened: {one_line(error)}") from error
 
 
-def fetch(source: str, folder: Path) -> None:
-    """Copy the files with texts at an address into a folder here.
+def fetch(source: str) -> Path:
+    """Copy the files with texts at an address into the cache of datasets, once; gives their folder.
 
     Raises:
         DistillError: if there are none, or they cannot be read.
     """
     files, place = place_of(source)
     try:
-        found = files.get_file_info(place)
-        several = found.type == fs.FileType.Directory
-        for one in files.get_file_info(fs.FileSelector(place)) if several else [found]:
-            if Path(one.path).suffix.lower() in SUFFIXES:
-                target = str((folder / one.base_name).resolve())
-                fs.copy_files(one.path, target, files, fs.LocalFileSystem())
+        given = files.get_file_info(place)
+        several = given.type == fs.FileType.Directory
+        found = [
+            one
+            for one in (files.get_file_info(fs.FileSelector(place)) if several else [given])
+            if one.type == fs.FileType.File and Path(one.path).suffix.lower() in SUFFIXES
+        ]
+        if not found:
+            raise DistillError(f"{source}: no file with text in it; name {', '.join(SUFFIXES)}")
+        identity = [(one.path, one.size, one.mtime_ns) for one in found]
+        name = hashlib.sha256(json.dumps([source, identity]).encode()).hexdigest()[:16]
+        folder = Path(datasets.config.HF_DATASETS_CACHE, "distill", name)
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = Path(mkdtemp(dir=folder.parent))
+            for one in found:
+                fs.copy_files(one.path, str(unfinished / one.base_name), files, fs.LocalFileSystem())
+            try:
+                unfinished.rename(folder)
+            except OSError:  # another process was faster
+                shutil.rmtree(unfinished)
     except (pyarrow.ArrowException, OSError) as error:
         raise DistillError(f"{source}: cannot be read: {one_line(error)}") from error
-    if not any(folder.iterdir()):
-        raise DistillError(f"{source}: no file with text in it; name {', '.join(SUFFIXES)}")
+    return folder
 
 
 def open_parquet(source: str) -> Any:

@@ -115,7 +115,7 @@ def fit(
                 logger.info("%s: interrupted; --resume goes on from the last checkpoint", title)
             raise
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not out_of_memory(error) or device not in KEEPING_START:
                 raise
             if processes.count() > 1 or sharded():  # the others wait in the middle of a step
                 raise DistillError(

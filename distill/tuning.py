@@ -273,10 +273,12 @@ def search(
     """
     study, worker = opened.study, _Worker(opened, train, folder, trials)
     enough = MaxTrialsCallback(trials, states=DONE)
+    end = None if seconds is None else time.monotonic() + seconds
     optuna.storages.fail_stale_trials(study)
     if len(study.get_trials(False, DONE)) < trials:
         study.optimize(worker, timeout=seconds, callbacks=[worker.finished, enough], catch=(RuntimeError,))
-    while seconds is None and _with_todays(study, TrialState.WAITING):  # its worker was lost
+    # Those of a worker that was lost.
+    while _with_todays(study, TrialState.WAITING) and (end is None or time.monotonic() < end):
         study.optimize(worker, n_trials=1, callbacks=[worker.finished], catch=(RuntimeError,))
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:

@@ -83,7 +83,9 @@ def out_of_fold(
         raise DistillError(f"--folds {folds}: there are only {len(first)} training texts; give fewer folds")
     _tell_lonely(labels[first], data.labels)
     assigned = assign_folds(labels[first], folds, options.seed)[texts]
-    once(partial(_refuse_unfinished, options))
+    same = [options.recipe(), data.fingerprint, assigned.tolist()]
+    identity = hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    once(partial(_refuse_unfinished, options, identity))
     logits = np.empty((len(labels), len(data.labels)), dtype=np.float32)
     for number in range(folds):
         rest, held = np.flatnonzero(assigned != number), np.flatnonzero(assigned == number)
@@ -92,8 +94,7 @@ def out_of_fold(
             splits=DatasetDict({**data.splits, "train": whole.select(rest)}),
             fingerprint=f"{data.fingerprint}, fold {number} of {folds}",
         )
-        identity = json.dumps([options.recipe(), fold.fingerprint], sort_keys=True, default=str)
-        kept = _place(options) / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
+        kept = _place(options) / f"{identity}-{number}.npy"
         if not kept.is_file():
             logger.info("Fold %d of %d", number + 1, folds)
             # Without --resume an unfinished fold of another run is none to go on with.
@@ -118,20 +119,24 @@ def _tell_lonely(labels: Labels, names: list[str]) -> None:
     counts = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(names))
     if lonely := [name for name, count in zip(names, counts, strict=True) if count == 1]:
         logger.warning(
-            "--folds: %d labels have one training text (%s), whose soft label says that it is another; "
-            "add texts of them",
+            "--folds: labels with one training text, in whose soft label they are missing × %d (%s); add "
+            "texts of them",
             len(lonely), ", ".join(lonely[:3]),
         )  # fmt: skip
 
 
-def _refuse_unfinished(options: TrainingOptions) -> None:
+def _refuse_unfinished(options: TrainingOptions, identity: str) -> None:
     place = _place(options)
-    if place.exists() and not options.resume:
-        if not options.overwrite:
+    if not options.resume:
+        if not options.overwrite and (any(place.glob("*.npy")) or any(place.rglob("trainer_state.json"))):
             raise DistillError(
                 f"{place}: folds of an interrupted run; --resume goes on, --overwrite starts again"
             )
         discard_folds(options)
+    elif any(not one.name.startswith(identity) for one in place.glob("*.npy")):
+        raise DistillError(
+            f"{place}: folds of a run with other options or data; give those, or --overwrite without --resume"
+        )
 
 
 def _keep(file: Path, logits: NDArray[np.float32]) -> None:

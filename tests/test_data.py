@@ -1,6 +1,7 @@
 import json
 import re
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -178,13 +179,18 @@ def test_a_hub_dataset_with_class_names_and_unlabelled_test_split(monkeypatch):
     assert _kinds(data)["missing label", "test"].count == 5
 
 
-def test_unlabeled_texts_come_from_an_address_too(tmp_path):
+def test_unlabeled_texts_come_from_an_address_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write_csv(tmp_path / "more" / "a.csv", [("one",), ("two",)], ("text",))
     write_csv(tmp_path / "more" / "b.csv", [("three",)], ("text",))
     (tmp_path / "more" / "notes.md").write_text("no text of ours")
     address = (tmp_path / "more").as_uri()
     assert list(load_unlabeled(address)["text"]) == ["one", "two", "three"]
     assert list(load_unlabeled(f"{address}/b.csv")["text"]) == ["three"]
+    assert len([*(tmp_path / "cache" / "distill").iterdir()]) == 2
+    write_csv(tmp_path / "more" / "c.csv", [("four", "b", "c")], ("text", "label"))
+    with pytest.raises(DistillError, match=re.escape(f"{address}/c.csv, line 2")):
+        load_unlabeled(f"{address}")
     for wrong in (f"{address}/absent.csv", f"{address}/notes.md", "nothing://bucket/texts"):
         with pytest.raises(DistillError, match=re.escape(wrong)):
             load_unlabeled(wrong)

@@ -131,6 +131,17 @@ def test_nothing_is_better_than_todays_settings_until_they_are_finished(tmp_path
     assert found.improved and found.before == 0.4
 
 
+def test_todays_settings_of_a_lost_worker_are_tried_within_the_hours(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "HEARTBEAT", 1)
+    lost = _study(tmp_path).study
+    todays = lost.ask(SPACE)
+    lost._storage.record_heartbeat(todays._trial_id)
+    assert _search(_study(tmp_path), tmp_path, lambda values, place: 0.5, 2).pending
+    time.sleep(4)
+    found = search(_study(tmp_path), lambda values, place: 0.5, tmp_path / "running", 2, 3600)
+    assert not found.pending and found.before == 0.5
+
+
 def test_a_poor_trial_is_stopped_and_todays_settings_never_are(tmp_path):
     from types import SimpleNamespace
 

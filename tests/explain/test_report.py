@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from distill.explain.comparison import QUESTIONS, compare_versions, only_guesses
 from distill.explain.reasons import reasons_answer
 from distill.explain.rendering import render
 from distill.explain.report import ReportOptions
-from distill.explain.versions import Version
+from distill.explain.versions import Version, read_versions, truncated_share
 from sklearn.metrics import classification_report, confusion_matrix
 
 from distill import write_report
@@ -59,6 +60,18 @@ def test_size_latency_and_parameters_are_reported_for_every_version(chain, conte
         assert row["bytes"] > 0 and row["latency_ms"] > 0 and row["parameters"] > 0
     assert content["versions"][0]["speedup"] == 1.0
     assert content["versions"][3]["bytes"] == (chain.export / "onnx" / "model_quantized.onnx").stat().st_size
+
+
+def test_the_report_tells_how_many_texts_are_longer_than_what_is_read(chain, content):
+    assert [row["truncated_share"] for row in content["versions"]] == [0.0] * 4
+    assert "All test texts are read to their end." in render(content, markdown=True)
+    student = replace(read_versions(chain.teacher, chain.student, chain.export)[0][1], max_length=6)
+    assert truncated_share(student, ["lovely phone", "lovely phone lovely phone lovely phone"]) == 0.5
+    content["versions"][1]["truncated_share"] = 0.125
+    assert "0.0 % of the test texts for the teacher, 12.5 % for the student" in render(
+        content, markdown=False
+    )
+    content["versions"][1]["truncated_share"] = 0.0
 
 
 def test_text_markdown_and_json_are_written(options, content):

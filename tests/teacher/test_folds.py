@@ -102,11 +102,13 @@ def test_copies_of_a_text_are_in_one_fold_and_single_texts_of_a_class_are_told(t
     assert sorted(seen) == sorted(train) and len({*train}) < len(train)
     with pytest.raises(DistillError, match="--resume goes on, --overwrite starts again"):
         out_of_fold(data, 3, options, fold)
+    with pytest.raises(DistillError, match="other options or data"):
+        out_of_fold(data, 3, replace(options, resume=True, learning_rate=1.0), fold)
     out_of_fold(data, 3, replace(options, resume=True), None)
     assert len(seen) == len(train)
     out_of_fold(data, 3, replace(options, overwrite=True), fold)
     assert len(seen) == 2 * len(train)
-    assert "1 labels have one training text (rare)" in caplog.text
+    assert "labels with one training text, in whose soft label they are missing × 1 (rare)" in caplog.text
 
 
 @pytest.mark.slow
