@@ -25,8 +25,10 @@ def classifier(chain):
 
 @pytest.fixture(scope="module")
 def pipeline(chain):
-    pytest.importorskip("optimum.onnxruntime", exc_type=ImportError)  # not with transformers 5
-    from optimum.onnxruntime import ORTModelForSequenceClassification
+    # Optimum does not import under transformers 5.
+    ORTModelForSequenceClassification = pytest.importorskip(
+        "optimum.onnxruntime.modeling", exc_type=ImportError
+    ).ORTModelForSequenceClassification
     from transformers import AutoTokenizer
     from transformers import pipeline as build
 
