@@ -11,6 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from distill.arguments import TrainingOptions
 from distill.artifact import check_output
+from distill.callbacks import being_watched
 from distill.errors import DistillError
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any], stage:
             )
         logger.info("Resuming from %s", last)
         return last
-    if options.resume:
+    if options.resume and not being_watched():
         logger.info("No checkpoint in %s yet: starting from the beginning", folder)
     _remove(folder)
     folder.mkdir(parents=True)

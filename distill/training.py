@@ -173,7 +173,7 @@ def _tell_long(train: Dataset, tokenizer: Any, title: str) -> dict[str, float]:
         logger.info("%s: %.1f %% of the texts are longer than %d tokens: in windows", title, share, limit)
     if found["truncated_share"] >= TOLD_TRUNCATED:
         part = "ends" if way_of(tokenizer) == HEAD else "middles"
-        other = ", and --long-texts other parts, or all" if title == "Teacher" else ""
+        other = ", and --long-texts other parts of single texts, or all" if title == "Teacher" else ""
         logger.warning(
             "%s: %.1f %% of the texts are longer than %d tokens, and their %s are not read; --max-length "
             "reads more, as far as the model can%s",

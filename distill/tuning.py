@@ -170,7 +170,7 @@ def _open_storage(url: str) -> Any:
                 url,
                 engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
                 heartbeat_interval=HEARTBEAT,
-                failed_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
             )
         except (IntegrityError, OperationalError):
             if not left:
@@ -206,7 +206,8 @@ class _Worker:
         """Train with the trial's values; those of a finished trial are not trained with again."""
         values = {name: _draw_value(trial, name, one) for name, one in self.opened.space.items()}
         shown = ", ".join(f"{name.replace('_', '-')} {short(value)}" for name, value in values.items())
-        logger.info("Trial %d of %d: %s", trial.number + 1, self.trials, shown)
+        done = len(self.opened.study.get_trials(False, DONE))
+        logger.info("Trial %d (%d of %d done): %s", trial.number + 1, done, self.trials, shown)
         complete = self.opened.study.get_trials(False, (TrialState.COMPLETE,))
         for one in complete:
             if one.params == values:

@@ -99,7 +99,15 @@ def out_of_fold(
             logger.info("Fold %d of %d", number + 1, folds)
             # Without --resume an unfinished fold of another run is none to go on with.
             own = replace(options, output=_place(options) / f"fold-{number + 1}", overwrite=True)
-            found = train(own, fold, whole.select(held))
+            try:
+                found = train(own, fold, whole.select(held))
+            except KeyboardInterrupt:
+                logger.info(
+                    "Fold %d of %d: interrupted; --resume goes on, with the folds before it",
+                    number + 1,
+                    folds,
+                )
+                raise
             once(partial(_keep, kept, found))
         logits[held] = np.load(kept)
     scores = [_score(logits, labels, assigned == number) for number in range(folds)]
@@ -119,8 +127,8 @@ def _tell_lonely(labels: Labels, names: list[str]) -> None:
     counts = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(names))
     if lonely := [name for name, count in zip(names, counts, strict=True) if count == 1]:
         logger.warning(
-            "--folds: labels with one training text, in whose soft label they are missing × %d (%s); add "
-            "texts of them",
+            "--folds: labels with one training text × %d (%s): the teacher that labels it has seen none of "
+            "its kind; add texts of them",
             len(lonely), ", ".join(lonely[:3]),
         )  # fmt: skip
 

@@ -183,7 +183,8 @@ def train_teacher(options: TeacherOptions) -> Manifest:
     data = ahead(partial(load_data, options.data, options.columns, options.seed))
     if (few := len(data.splits["validation"])) < FEW:
         logger.warning(
-            "Validation: %d texts, too few to tell epochs, or thresholds, apart; give more of them", few
+            "Validation: the best epoch is chosen by %d texts, which is chance in part; give more of them",
+            few,
         )
     unseen, details = {}, {}
     if options.folds:
