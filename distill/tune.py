@@ -211,7 +211,7 @@ def _distributions(
     """
     from optuna.distributions import CategoricalDistribution
 
-    from distill.tuning import parse_space, with_value
+    from distill.search_space import parse_space, with_value
 
     found, before = {}, {}
     for name, text in space.items():

@@ -12,18 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import optuna
-from optuna.distributions import (
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-    distribution_to_json,
-    json_to_distribution,
-)
+from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from distill.callbacks import watched
 from distill.errors import DistillError
+from distill.search_space import Distribution, draw_value
 
 logger = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -31,9 +26,7 @@ HEARTBEAT = 60  # seconds; a worker that is silent for twice that is taken for d
 RETRIES = 3
 OPENINGS = 5  # of a database, before it is given up
 FAILURES = 3  # trials in a row
-Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-WIDE = 10  # a range whose ends are this many times apart is searched by its logarithm
 
 
 @dataclass(frozen=True)
@@ -69,37 +62,6 @@ class Search:
             space = {name: distribution_to_json(one) for name, one in self.space.items()}
             self.study.set_user_attr("space", space)
             self.study.set_user_attr("options", self.options)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def parse_space(name: str, text: str, convert: Callable[[str], Any]) -> Distribution:
-    """Turn "1e-5..1e-4", "1..5" or "16,32,64" into a distribution.
-
-    A range of integers gives integers, another one real numbers; by their logarithm where it is wide.
-
-    Raises:
-        DistillError: naming the option, if the text is neither a range nor a list, or holds a wrong value.
-    """
-    low, dots, high = text.partition("..")
-    if not dots or not _is_number(low) or not _is_number(high):
-        values = [convert(part.strip()) for part in text.split(",")]
-        if len(values) < 2:
-            raise DistillError(f"--search {name}={text}: one value; give a range as 1..5, or a list as 1,2,5")
-        return CategoricalDistribution(values)
-    first, last = convert(low), convert(high)
-    if not first < last:
-        raise DistillError(f"--search {name}={text}: a range runs from a smaller number to a larger one")
-    wide = bool(first > 0 and last / first >= WIDE)
-    if low.strip().isdigit() and high.strip().isdigit():
-        return IntDistribution(int(low), int(high), log=wide)
-    return FloatDistribution(float(first), float(last), log=wide)
 
 
 def open_search(
@@ -204,7 +166,7 @@ class _Worker:
 
     def __call__(self, trial: Any) -> float:
         """Train with the trial's values; those of a finished trial are not trained with again."""
-        values = {name: _draw_value(trial, name, one) for name, one in self.opened.space.items()}
+        values = {name: draw_value(trial, name, one) for name, one in self.opened.space.items()}
         shown = ", ".join(f"{name.replace('_', '-')} {short(value)}" for name, value in values.items())
         done = len(self.opened.study.get_trials(False, DONE))
         logger.info("Trial %d (%d of %d done): %s", trial.number + 1, done, self.trials, shown)
@@ -299,25 +261,6 @@ def search(
 def _with_todays(study: Any, *states: TrialState) -> list[FrozenTrial]:
     """Trials with today's settings, where everything that is searched has a value today."""
     return [one for one in study.get_trials(False, states) if one.user_attrs.get("before")]
-
-
-def _draw_value(trial: Any, name: str, distribution: Distribution) -> Any:
-    if isinstance(distribution, CategoricalDistribution):
-        return trial.suggest_categorical(name, distribution.choices)
-    suggest = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
-    return suggest(name, distribution.low, distribution.high, log=distribution.log)
-
-
-def with_value(distribution: Distribution, value: Any) -> Distribution:
-    """The distribution, widened where today's value lies outside."""
-    if isinstance(distribution, CategoricalDistribution):
-        return CategoricalDistribution(list(dict.fromkeys((*distribution.choices, value))))
-    if isinstance(distribution, IntDistribution) and value != int(value):
-        distribution = FloatDistribution(distribution.low, distribution.high, log=distribution.log)
-    low, high = min(distribution.low, value), max(distribution.high, value)
-    if isinstance(distribution, IntDistribution):
-        return IntDistribution(int(low), int(high), log=distribution.log and low > 0)
-    return FloatDistribution(low, high, log=distribution.log and low > 0)
 
 
 def short(value: Any) -> str:

@@ -10,7 +10,8 @@ from distill import tune as command
 from distill import tuning
 from distill.artifact import read_manifest
 from distill.errors import DistillError
-from distill.tuning import open_search, parse_space, search, with_value
+from distill.search_space import parse_space, with_value
+from distill.tuning import open_search, search
 
 SPACE = {"rate": FloatDistribution(0.0, 1.0), "size": IntDistribution(1, 9)}
 BEFORE = {"rate": 0.5, "size": 3}
