@@ -46,6 +46,11 @@ class Milliseconds(click.ParamType):
     "--layers", type=POSITIVE, help="Keep this many layers, evenly spaced [half, without --student]."
 )
 @click.option(
+    "--intermediate-size",
+    type=POSITIVE,
+    help="Keep this many neurons in every feed-forward network, those that add most [the checkpoint's].",
+)
+@click.option(
     "--speedup",
     type=RATE,
     help="Keep as many layers as are this many times as fast as the teacher: INT8 against its pipeline in "

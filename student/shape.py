@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from distill.student.architecture import keep_layers
 from transformers import pipeline
 
 import distill
@@ -47,12 +46,19 @@ class Goal:
 
 
 def choose_layers(
-    model: Any, tokenizer: Any, labels: list[str], texts: Sequence[Any], goal: Goal, teacher: Path
+    build: Callable[[int], Any],
+    total: int,
+    tokenizer: Any,
+    labels: list[str],
+    texts: Sequence[Any],
+    goal: Goal,
+    teacher: Path,
 ) -> int:
     """Find the most layers with which a student, not trained yet but exported to INT8, meets a goal.
 
     Args:
-        model: a sequence classifier with all its layers.
+        build: makes the student with so many layers.
+        total: the most layers it may have.
         tokenizer: its tokenizer.
         labels: label names.
         texts: to time, of validation; some of them are taken.
@@ -69,13 +75,12 @@ def choose_layers(
         def time_of(layers: int) -> tuple[float | None, float]:
             with TemporaryDirectory() as folder:
                 candidate = distill.open_candidate(
-                    keep_layers(model, layers), tokenizer, labels, Path(folder), isinstance(texts[0], tuple)
+                    build(layers), tokenizer, labels, Path(folder), isinstance(texts[0], tuple)
                 )
                 found = measure({**slow, "student": lambda text: candidate([text])}, sample)
-            logger.info("  %d of %d layers: %s", layers, model.config.num_hidden_layers, _tell(found))
+            logger.info("  %d of %d layers: %s", layers, total, _tell(found))
             return found.get("teacher"), found["student"]
 
-        total = model.config.num_hidden_layers
         logger.info("%s: the most layers that are fast enough, in INT8 on one thread of %s", goal, cpu_name())
         chosen = _most(total, time_of, goal)
         logger.info("%s: %d of %d layers", goal, chosen, total)

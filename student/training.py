@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from distill.student.checks import check_options
 from distill.student.corpus import in_windows, unlabeled_text, with_soft_labels
 from distill.student.losses import distillation_loss, hard_label_loss
 from distill.student.neighbours import similar_words
+from distill.student.neurons import keep_neurons
 from distill.student.shape import Goal, choose_layers
 from distill.student.soft_labels import teacher_logits
 from distill.student.vocabulary import trim_vocabulary
@@ -58,6 +59,7 @@ class StudentOptions(TrainingOptions):
     data: str | None = None
     student: str | None = None
     layers: int | None = None
+    intermediate_size: int | None = None
     speedup: float | None = None
     latency_budget: float | None = None
     vocabulary: int | None = None
@@ -71,8 +73,8 @@ class StudentOptions(TrainingOptions):
     workers: int | None = None
 
 
-def _build(options: StudentOptions, teacher: Manifest, texts: Sequence[Any]) -> tuple[Any, Any]:
-    """Load the student's checkpoint, with fewer layers if asked, and its tokenizer; `texts` are to time."""
+def _build(options: StudentOptions, teacher: Manifest, data: Data) -> tuple[Any, Any]:
+    """Load the student's checkpoint, with fewer layers and neurons if asked, and its tokenizer."""
     checkpoint = options.student or str(teacher.options["model"])
     length = min(options.max_length, teacher.max_length)
     tokenizer = load_tokenizer(checkpoint, length, "--student", teacher.long_texts)
@@ -80,18 +82,26 @@ def _build(options: StudentOptions, teacher: Manifest, texts: Sequence[Any]) -> 
     model = load_model(
         checkpoint, teacher.labels, "--student", options.dropout, problem_type=teacher.problem_type
     )
+    texts = texts_of(data.splits["train"])
+
+    def build(layers: int | None) -> Any:
+        built = model if layers is None else keep_layers(model, layers)
+        if options.intermediate_size is not None:
+            built = keep_neurons(built, options.intermediate_size, texts, tokenizer)
+        return built
+
     layers = options.layers
     if options.speedup or options.latency_budget:
         goal = Goal(options.speedup, options.latency_budget)
+        timed = texts_of(data.splits["validation"])
+        total = model.config.num_hidden_layers
         # A resumed run goes on with what was measured first.
         layers = recorded_recipe(options).get("layers_kept") or once(
-            partial(choose_layers, model, tokenizer, teacher.labels, texts, goal, options.teacher)
+            partial(choose_layers, build, total, tokenizer, teacher.labels, timed, goal, options.teacher)
         )
     elif layers is None and options.student is None:
         layers = max(1, model.config.num_hidden_layers // 2)
-    if layers is not None:
-        model = keep_layers(model, layers)
-    return cut_positions(model, tokenizer.model_max_length), tokenizer
+    return cut_positions(build(layers), tokenizer.model_max_length), tokenizer
 
 
 def _similar_words(folder: Path, teacher: Manifest, corpus: Dataset) -> dict[str, tuple[str, ...]]:
@@ -144,7 +154,7 @@ def _fit(options: StudentOptions) -> _Fitted:
     unlabeled = [unlabeled_text(options.unlabeled, columns, held_out)] if options.unlabeled else []
     corpus = concatenate_datasets([data.splits["train"].remove_columns("label"), *unlabeled])
     budget = budget_of(options.augment, len(data.splits["train"])) if options.augment else 0
-    model, tokenizer = _build(options, teacher, texts_of(data.splits["validation"]))
+    model, tokenizer = _build(options, teacher, data)
     parent = manifest_hash(options.teacher)
     recipe = {
         **options.recipe(),
