@@ -99,7 +99,8 @@ def _most(total: int, time_of: Callable[[int], tuple[float | None, float]], goal
             high = layers - 1
     if low == 0:
         raise DistillError(
-            f"{goal}: {_reached(*found)} on this machine, or start from a narrower checkpoint with --student"
+            f"{goal}: {_reached(*found)} on this machine, or give a smaller --intermediate-size, or "
+            "start from a narrower checkpoint with --student"
         )
     return low
 

@@ -73,7 +73,7 @@ class StudentOptions(TrainingOptions):
     workers: int | None = None
 
 
-def _build(options: StudentOptions, teacher: Manifest, data: Data) -> tuple[Any, Any]:
+def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Dataset) -> tuple[Any, Any]:
     """Load the student's checkpoint, with fewer layers and neurons if asked, and its tokenizer."""
     checkpoint = options.student or str(teacher.options["model"])
     length = min(options.max_length, teacher.max_length)
@@ -82,9 +82,9 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data) -> tuple[Any,
     model = load_model(
         checkpoint, teacher.labels, "--student", options.dropout, problem_type=teacher.problem_type
     )
-    texts = texts_of(data.splits["train"])
+    texts = texts_of(corpus) if options.intermediate_size is not None else []
 
-    def build(layers: int | None) -> Any:
+    def build(layers: int | None, texts: list[Any] = texts) -> Any:
         built = model if layers is None else keep_layers(model, layers)
         if options.intermediate_size is not None:
             built = keep_neurons(built, options.intermediate_size, texts, tokenizer)
@@ -97,7 +97,16 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data) -> tuple[Any,
         total = model.config.num_hidden_layers
         # A resumed run goes on with what was measured first.
         layers = recorded_recipe(options).get("layers_kept") or once(
-            partial(choose_layers, build, total, tokenizer, teacher.labels, timed, goal, options.teacher)
+            partial(
+                choose_layers,
+                partial(build, texts=texts[:1]),  # which neurons stay does not matter to speed
+                total,
+                tokenizer,
+                teacher.labels,
+                timed,
+                goal,
+                options.teacher,
+            )
         )
     elif layers is None and options.student is None:
         layers = max(1, model.config.num_hidden_layers // 2)
@@ -154,7 +163,7 @@ def _fit(options: StudentOptions) -> _Fitted:
     unlabeled = [unlabeled_text(options.unlabeled, columns, held_out)] if options.unlabeled else []
     corpus = concatenate_datasets([data.splits["train"].remove_columns("label"), *unlabeled])
     budget = budget_of(options.augment, len(data.splits["train"])) if options.augment else 0
-    model, tokenizer = _build(options, teacher, data)
+    model, tokenizer = _build(options, teacher, data, corpus)
     parent = manifest_hash(options.teacher)
     recipe = {
         **options.recipe(),

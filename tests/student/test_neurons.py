@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_configs, make_rows, make_tokenizer
-from distill.student.neurons import keep_neurons
+from distill.student.neurons import activation_norms, keep_neurons
 
 from distill.artifact import read_manifest
 from distill.errors import DistillError
@@ -27,9 +27,11 @@ INPUTS = {
 def _model(family):
     torch.manual_seed(0)
     config = FAMILIES[family]
-    return transformers.AutoModelForSequenceClassification.from_config(
-        config, attn_implementation="eager"
-    ).eval()
+    model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear) and part.bias is not None:
+            part.bias.data.normal_(std=0.5)
+    return model
 
 
 def _ends(model, width=48):
@@ -46,15 +48,12 @@ def _tokenizer():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_the_neurons_that_add_nothing_the_answers_are_the_same(family, tmp_path):
-    model = _model(family)
+    model = _model(family).eval()
     idle = torch.randperm(48)[:30]
     for end in _ends(model):
         end.weight.data[:, idle] = 0
     narrow = keep_neurons(model, 18, TEXTS, _tokenizer()).eval()
     assert [end.in_features for end in _ends(narrow, 18)] == [18, 18]
-    assert sum(part.numel() for part in narrow.parameters()) < sum(
-        part.numel() for part in model.parameters()
-    )
     narrow.save_pretrained(tmp_path)
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -63,18 +62,35 @@ def test_without_the_neurons_that_add_nothing_the_answers_are_the_same(family, t
         torch.testing.assert_close(again(**INPUTS).logits, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_neuron_counts_by_what_it_adds_and_not_by_its_weights_alone():
+@pytest.mark.parametrize(("family", "read_in_the_last"), [("bert", "first token"), ("mpnet", "all tokens")])
+def test_activations_are_those_of_real_tokens(family, read_in_the_last):
+    model, tokenizer = _model(family), _tokenizer()
+    texts = ["the phone was lovely", "awful", "it was very slow and the box is black"]
+    found = activation_norms(model.train(), _ends(model), texts, tokenizer)
+    expected = [torch.zeros(48), torch.zeros(48)]
+    inputs = []
+    for end in _ends(model.eval()):
+        end.register_forward_pre_hook(lambda _, given: inputs.append(given[0][0].detach()))
+    for text in texts:
+        inputs.clear()
+        model(**tokenizer(text, return_tensors="pt"))
+        expected[0] += inputs[0].square().sum(dim=0)
+        expected[1] += inputs[1][: 1 if read_in_the_last == "first token" else None].square().sum(dim=0)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other.sqrt())
+
+
+def test_a_neuron_counts_by_what_it_adds():
     model = _model("bert")
     first = model.bert.encoder.layer[0]
-    # Large weights behind a neuron that never fires, small ones behind one that always does.
-    first.intermediate.dense.bias.data[7] = -100.0
-    first.output.dense.weight.data[:, 7] = 1.0
-    first.intermediate.dense.bias.data[9] = 100.0
-    first.output.dense.weight.data[:, 9] = 0.01
+    first.intermediate.dense.weight.data.zero_()
+    # Each fires as much as its bias says.
+    for neuron, (fires, weighs) in {7: (1.0, 10.0), 8: (10.0, 3.0), 9: (20.0, 1.0)}.items():
+        first.intermediate.dense.bias.data[neuron] = fires
+        first.output.dense.weight.data[:, neuron] = weighs
     narrow = keep_neurons(model, 1, TEXTS, _tokenizer())
-    torch.testing.assert_close(
-        narrow.bert.encoder.layer[0].intermediate.dense.weight, first.intermediate.dense.weight[9:10]
-    )
+    kept = narrow.bert.encoder.layer[0].output.dense.weight
+    torch.testing.assert_close(kept, torch.full((32, 1), 3.0))
 
 
 def test_all_neurons_are_the_model_itself():
@@ -101,7 +117,7 @@ def test_all_neurons_are_the_model_itself():
                 )
             ),
             8,
-            "cannot tell the feed-forward networks of a bert apart",
+            "cannot tell the feed-forward networks of a bert apart, which are as narrow as its hidden states",
         ),
     ],
 )  # fmt: skip
