@@ -1,9 +1,10 @@
 """What each part of the recipe for students is worth: with and without it, over seeds.
 
 Losses that were tried and are not in the package stand here, so that their rows can be repeated. One teacher;
-students of two layers, all with the same number of steps, scored on the validation split, which is where the
-recipe and every student's best epoch were chosen. A student that is there already is not trained again.
-Prints a table and keeps benchmarks/results/ablations/SET.json.
+students of two layers (but for one row), all with the same number of steps, scored on the validation split,
+which is where the recipe and every student's best epoch were chosen: macro-F1, and KL divergence from what
+the recipe's students learn from, which tells two of them apart where macro-F1 of a thousand texts cannot. A
+student that is there already is not trained again. Prints a table and keeps results/ablations/SET.json.
 
 Usage: python benchmarks/ablations.py DATA --teacher all-mpnet-base-v2 --student all-MiniLM-L6-v2
 
@@ -13,9 +14,11 @@ DATA holds a folder for every set, as for pareto.py, whose teacher is taken wher
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,17 +30,20 @@ from distill.student import training
 from distill.student.losses import UNLABELED
 from distill.student.training import StudentOptions
 from distill.teacher.training import TeacherOptions
+from scipy.special import log_softmax
 from torch import Tensor
 from torch.nn import functional as F
 
 from distill import augmentation, train_student, train_teacher
 from distill.artifact import read_manifest
 from distill.latency import cpu_name
+from distill.predictions import read_predictions
 
 RESULTS = Path(__file__).resolve().parent / "results" / "ablations"
 SETS = ("banking77", "sst2_sentences")
 SEEDS = (1, 2, 3)
-BUDGET, EPOCHS = 2, 5  # texts made for each training text; passes over them all
+BUDGET, EPOCHS = 2, 3  # texts made for each training text; passes over them all
+BESIDE = 2  # students that train at the same time: a small one keeps few cores busy
 
 
 def logit_mse(student: Tensor, teacher: Tensor, labels: Tensor, _: float, alpha: float) -> Tensor:
@@ -91,7 +97,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
     "head at the encoder's rate": ({"head_learning_rate": 3e-4}, nullcontext),
     "teacher as sure as it is": (
         {},
-        partial(mock.patch.object, training, "_teacher_temperature", lambda folder: 1.0),
+        partial(mock.patch.object, training, "_teacher_temperature", lambda *_: 1.0),
     ),
     "T = 2": ({"temperature": 2.0}, nullcontext),
     "squared difference of logits": ({}, _loss(logit_mse)),
@@ -100,31 +106,65 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
     "no hard labels": ({"alpha": 1.0}, nullcontext),
     "no dropout": ({"dropout": 0.0}, nullcontext),
     "the whole vocabulary": ({"vocabulary": None}, nullcontext),
+    "three layers of 384 neurons": ({"layers": 3, "intermediate_size": 384}, nullcontext),
 }
 
 
-def run(data: Path, teacher: str, student: str, only: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Train whatever is not there yet; validation macro-F1 of every variant and seed."""
+def run(
+    data: Path, teacher: str, student: str, only: tuple[str, ...] = ()
+) -> dict[str, list[tuple[float, float]]]:
+    """Train whatever is not there yet; validation macro-F1 and KL divergence of every variant and seed."""
     if not Path("runs/teacher").is_dir():
         train_teacher(TeacherOptions(output=Path("runs/teacher"), data=str(data), model=teacher, resume=True))
+    wanted = {
+        (name, seed): _options(student, (name, seed))
+        for name in VARIANTS
+        if not only or name in ("recipe", *only)
+        for seed in SEEDS
+    }
+    missing = [key for key, options in wanted.items() if not _is_done(options)]
+    # The first leaves the soft labels that most of the others share.
+    for key in missing[:1]:
+        _train(student, key)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // BESIDE))
+    with ProcessPoolExecutor(BESIDE, get_context("spawn")) as pool:
+        list(pool.map(partial(_train, student), missing[1:]))
+    scores: dict[str, list[tuple[float, float]]] = {}
+    recipe = read_manifest(wanted["recipe", SEEDS[0]].output, "train-student")
+    temperature = recipe.details["teacher_temperature"]
+    for (name, _), options in wanted.items():
+        manifest = read_manifest(options.output, "train-student")
+        found = (manifest.metrics["validation"]["macro_f1"], _divergence(options.output, temperature))
+        scores.setdefault(name, []).append(found)
+    return scores
+
+
+def _options(student: str, one: tuple[str, int]) -> StudentOptions:
+    """Of one student: a variant and a seed."""
+    name, seed = one
     common = StudentOptions(
         student=student, layers=2, vocabulary=0, augment=f"{BUDGET}x", epochs=EPOCHS, batch_size=64,
         learning_rate=3e-4, patience=10**6, resume=True,
     )  # fmt: skip
-    scores: dict[str, list[float]] = {}
-    for name, (options, patch) in VARIANTS.items():
-        if only and name not in ("recipe", *only):
-            continue
-        for seed in SEEDS:
-            output = Path("ablations", f"{name.replace(' ', '_')}_{seed}")
-            wanted = replace(common, output=output, seed=seed, **options)
-            if not _is_done(wanted):
-                click.echo(f"{name}, seed {seed}")
-                with patch():
-                    train_student(replace(wanted, overwrite=output.is_dir()))
-            metrics = read_manifest(output, "train-student").metrics
-            scores.setdefault(name, []).append(metrics["validation"]["macro_f1"])
-    return scores
+    output = Path("ablations", f"{name.replace(' ', '_')}_{seed}")
+    return replace(common, output=output, seed=seed, **VARIANTS[name][0])
+
+
+def _train(student: str, one: tuple[str, int]) -> None:
+    click.echo(f"{one[0]}, seed {one[1]}")
+    options = _options(student, one)
+    with VARIANTS[one[0]][1]():
+        train_student(replace(options, overwrite=options.output.is_dir()))
+
+
+def _divergence(student: Path, temperature: float) -> float:
+    """Mean KL(teacher || student) over validation text, in nats; the teacher's logits over a temperature."""
+    sides = ((Path("runs/teacher"), "teacher", temperature), (student, "student", 1.0))
+    teacher, learnt = (
+        log_softmax(read_predictions(folder, "validation")[name].logits / divisor, axis=1)
+        for folder, name, divisor in sides
+    )
+    return float((np.exp(teacher) * (teacher - learnt)).sum(axis=1).mean())
 
 
 def _is_done(wanted: StudentOptions) -> bool:
@@ -135,21 +175,27 @@ def _is_done(wanted: StudentOptions) -> bool:
     return all(str(before[name]) == str(getattr(wanted, name)) for name in before)
 
 
-def table(scores: dict[str, list[float]]) -> dict[str, Any]:
-    """Mean, deviation and what is lost without it, with its standard error over paired seeds."""
-    recipe = np.array(scores["recipe"])
+def table(scores: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """Mean and deviation, and the change from the recipe with its standard error over paired seeds."""
     rows = {}
     for name, values in scores.items():
-        loss = recipe - np.array(values)
+        change = np.array(values) - np.array(scores["recipe"])
+        error = change.std(axis=0, ddof=1) / len(change) ** 0.5
+        deviation = np.std(values, axis=0, ddof=1)
         rows[name] = {
-            "macro_f1": float(np.mean(values)),
-            "deviation": float(np.std(values, ddof=1)),
-            "loss": float(loss.mean()),
-            "standard_error": float(loss.std(ddof=1) / len(loss) ** 0.5),
+            measure: {
+                "mean": float(np.mean(values, axis=0)[place]),
+                "deviation": float(deviation[place]),
+                "change": float(change.mean(axis=0)[place]),
+                "standard_error": float(error[place]),
+            }
+            for place, measure in enumerate(("macro_f1", "divergence"))
         }
+        f1, kl = rows[name]["macro_f1"], rows[name]["divergence"]
         click.echo(
-            f"{name:30} {100 * rows[name]['macro_f1']:6.2f} ± {100 * rows[name]['deviation']:.2f}   "
-            f"{-100 * rows[name]['loss']:+.2f} ± {100 * rows[name]['standard_error']:.2f}"
+            f"{name:30} {100 * f1['mean']:6.2f} ± {100 * f1['deviation']:.2f}   "
+            f"{100 * f1['change']:+.2f} ± {100 * f1['standard_error']:.2f}   "
+            f"KL {kl['mean']:.4f}   {kl['change']:+.4f} ± {kl['standard_error']:.4f}"
         )
     return rows
 
@@ -174,9 +220,19 @@ def main(
         os.chdir(folder)
         rows = table(run(data / name, teacher, student, only))
         record = RESULTS / f"{name}.json"
-        if only and record.is_file():  # the other rows stay
-            rows = {**json.loads(record.read_text(encoding="utf-8"))["rows"], **rows}
-        result = {"cpu": cpu_name(), "seeds": SEEDS, "augment": f"{BUDGET}x", "epochs": EPOCHS, "rows": rows}
+        result = {
+            "cpu": cpu_name(),
+            "teacher": Path(teacher).name,
+            "student": Path(student).name,
+            "seeds": list(SEEDS),
+            "augment": f"{BUDGET}x",
+            "epochs": EPOCHS,
+        }
+        if only and record.is_file():  # the other rows stay, if they were made in the same way
+            before = json.loads(record.read_text(encoding="utf-8"))
+            others = before.pop("rows")
+            rows = {**others, **rows} if before == result else rows
+        result["rows"] = rows
         record.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

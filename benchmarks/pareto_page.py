@@ -17,6 +17,8 @@ def _label(name: str) -> str:
     if not rest:
         return name
     depth = "1 layer" if layers == "1" else f"{layers} layers"
+    if "narrow" in rest:
+        depth += " with a quarter of the neurons"
     return f"{depth} without a teacher, INT8" if "alone" in rest else f"student of {depth}, INT8"
 
 
