@@ -1,6 +1,7 @@
 """The command line: one group whose commands are imported only when they are called."""
 
 import logging
+import os
 import sys
 import tomllib
 from functools import partial
@@ -147,6 +148,8 @@ def cli(ctx: click.Context, config: Path | None, verbose: bool) -> None:
 
 def main() -> None:
     """Entry point of the `distill` script."""
+    # Waiting OpenMP threads that spin starve everything else on a shared machine. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     cli(prog_name="distill")
 
 

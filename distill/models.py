@@ -29,8 +29,6 @@ from distill.long_texts import HEAD, pooled
 logger = logging.getLogger(__name__)
 transformers.utils.logging.set_verbosity_error()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-# Waiting OpenMP threads that spin starve everything else on a shared machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # On a CPU larger batches fall out of the caches; on a GPU smaller ones leave it idle.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,26 @@ def test_help_answers_within_300_milliseconds():
             times[name].append(time.perf_counter() - started)
     # Where other work makes Python itself slow, not much longer than it takes alone.
     assert min(times["help"]) <= max(0.3, 2 * min(times["click"]))
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_are_quiet_before_torch_is_loaded(tmp_path, before, after):
+    code = (
+        "import os, sys, distill.cli as c\n"
+        "c.cli = lambda **_: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\nc.main()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if before:
+        environment["OMP_WAIT_POLICY"] = before
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    ).stdout
+    assert shown.split() == [after, "False"]
 
 
 def test_help_imports_nothing_heavy(tmp_path):
