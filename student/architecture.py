@@ -62,11 +62,16 @@ def keep_layers(model: Any, keep: int) -> Any:
     )
     if len(found) != total:
         raise unknown
+    return with_weights(config, weights, unknown)
+
+
+def with_weights(config: Any, weights: dict[str, torch.Tensor], refusal: DistillError) -> Any:
+    """Make a sequence classifier of these weights; `refusal` is raised where they do not fit its `config`."""
     student = AutoModelForSequenceClassification.from_config(config)
     try:
         student.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise unknown from error
+        raise refusal from error
     return student
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from distill.student.architecture import LAYER
-from transformers import AutoModelForSequenceClassification
+from distill.student.architecture import LAYER, with_weights
 
 from distill.encoding import encode
 from distill.errors import DistillError
@@ -66,12 +65,7 @@ def keep_neurons(model: Any, keep: int, texts: Sequence[Any], tokenizer: Any) ->
                 if name in weights:
                     weights[name] = weights[name][rows]
     setattr(config, width, keep)
-    student = AutoModelForSequenceClassification.from_config(config)
-    try:
-        student.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise unknown from error
-    return student
+    return with_weights(config, weights, unknown)
 
 
 def _width(config: Any) -> tuple[str, int]:
