@@ -47,7 +47,7 @@ class Killed(BaseException):
 step, phase = LossTrainer.training_step, "ddp"
 
 def training_step(self, model, *rest):
-    if self.state.global_step == 20 and phase == "killed":
+    if self.state.global_step == 10 and phase == "killed":
         raise Killed
     if self.state.global_step == 0:
         own = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
@@ -104,7 +104,7 @@ def launched(tmp_path_factory, checkpoint):
     """The folder where two processes have trained."""
     root = tmp_path_factory.mktemp("parts")
     (root / "worker.py").write_text(WORKER)
-    data = write_csv(root / "data.csv", make_rows(300))
+    data = write_csv(root / "data.csv", make_rows(160))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "worker.py",
          str(data), str(checkpoint)],
