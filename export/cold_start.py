@@ -1,6 +1,7 @@
 """Cold start and memory of one version, taken from a process of its own as an application would start it."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -58,6 +59,9 @@ def cold_start(folder: Path, file: str, provider: str, texts: Sequence[Text]) ->
         provider: "cpu" or "cuda" for ONNX Runtime, "pytorch" otherwise.
         texts: at least one.
 
+    The process may write bytecode, whatever this one may: the first of several compiles what it imports where
+    that has not been done yet, and the others start as an installed application does.
+
     Returns:
         Seconds from starting Python to the first answer, and the process' peak of resident memory in MB.
 
@@ -66,14 +70,16 @@ def cold_start(folder: Path, file: str, provider: str, texts: Sequence[Text]) ->
     """
     given = {"folder": str(folder), "file": file, "provider": provider, "texts": texts}
     code = PEAK + (PYTORCH_PROBE if provider == "pytorch" else ONNX_PROBE)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     # Files, since a pipe that nobody reads would stop the process.
     with TemporaryFile("w+") as stdin, TemporaryFile("w+") as stderr:
         stdin.write(json.dumps(given))
         stdin.seek(0)
         started = time.perf_counter()
         with subprocess.Popen(
-            [sys.executable, "-P", "-c", code], stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, text=True
-        ) as process:
+            [sys.executable, "-P", "-c", code], stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, text=True,
+            env=environment,
+        ) as process:  # fmt: skip
             assert process.stdout
             answered = process.stdout.readline()
             seconds = time.perf_counter() - started

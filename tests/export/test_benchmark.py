@@ -107,6 +107,14 @@ def test_cold_start_and_memory_come_from_a_process_of_its_own(chain):
 
 
 @pytest.mark.slow
+def test_a_process_starts_from_bytecode_whatever_the_environment_says(chain, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
+    cold_start(chain.export, "onnx/model_quantized.onnx", "cpu", ["lovely"])
+    assert list(tmp_path.rglob("onnxruntime/**/*.pyc"))
+
+
+@pytest.mark.slow
 def test_the_command_prints_the_table(chain, tmp_path, run):
     arguments = ["--export", chain.export, "--teacher", tmp_path / "none", "--student", tmp_path / "none"]
     result = run("benchmark", *arguments, "--texts", 3, "--rounds", 6, "--output", tmp_path / "b")
