@@ -33,6 +33,7 @@ ATTRIBUTES = {"MatMulNBits": {"bits": (4, 8), "block_size": (16, 32, 64, 128)}}
 SMALL = 100  # elements of a constant that ONNX Runtime counts as arithmetic on shapes
 HALF = ("float16", "bfloat16")
 INTEGERS = ("int64", "int32", "bool")
+SUBGRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
 def require_cuda(model: onnx.ModelProto, name: str) -> None:
@@ -63,6 +64,11 @@ def off_cuda(model: onnx.ModelProto) -> list[str]:
     found = []
     for node in model.graph.node:
         read = {name for name in node.input if name}
+        if any(entry.type in SUBGRAPHS for entry in node.attribute):
+            found.append(
+                f"{node.op_type} ({node.name or node.output[0]}): holds a graph, which is not followed"
+            )
+            continue
         given = [types.get(name, "") if name else None for name in node.input]
         made, reason = _kernel(node, given, opsets)
         types.update(zip(node.output, made, strict=False))

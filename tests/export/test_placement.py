@@ -56,6 +56,16 @@ def test_the_types_of_half_precision_depend_on_the_version_of_the_operator():
     assert "not float16" in off_cuda(_graph(nodes, constants=constants, opset=17))[0]
 
 
+def test_a_node_that_holds_a_graph_is_never_taken_for_one_of_cuda():
+    """Whatever it reads by name alone, its own nodes are not looked at."""
+    branch = helper.make_graph(
+        [helper.make_node("NonZero", ["x"], ["b"])], "b", [], [onnx.ValueInfoProto(name="b")]
+    )
+    nodes = [helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch)]
+    found = off_cuda(_graph(nodes, constants=[("yes", np.array(True))]))
+    assert found == ["If (y): holds a graph, which is not followed"]
+
+
 def test_a_version_that_came_after_the_known_kernels_is_not_assumed():
     node = helper.make_node("Transpose", ["x"], ["y"])
     assert off_cuda(_graph([node], opset=17)) == []
