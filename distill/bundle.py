@@ -73,9 +73,10 @@ def seal_manifest(content: Mapping[str, Any]) -> str:
 def _parse_manifest(content: bytes, place: Path) -> dict[str, Any]:
     try:
         manifest = dict(json.loads(content))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DistillError(f"{place / MANIFEST}: damaged ({error}); {_AGAIN}") from error
-    if "files" not in manifest.get("details", {}):
+    details = manifest.get("details")
+    if not isinstance(details, dict) or "files" not in details:
         raise DistillError(
             f"{place}: not a bundle (written by {manifest.get('stage')}); run `distill export` on it"
         )

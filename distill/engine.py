@@ -75,7 +75,7 @@ class Engine:
         self.provider = provider
         if file is None and provider not in files:
             raise ProviderError(f"provider {provider!r}: {parts.place} holds no file for it; open the folder "
-                                "that `distill export` wrote")  # fmt: skip
+                                f"that `distill export --provider {provider}` wrote")  # fmt: skip
         self.file: str = file or files[provider]
         self._tokenizer, self._padding = _open_tokenizer(parts)
         self._max_length: int = parts.manifest["max_length"]
@@ -209,8 +209,8 @@ def _open_session(parts: Bundle, file: str, provider: str) -> Any:
     files = parts.manifest["details"]["files"]
     if provider == "cuda" and file == files.get("cpu") != files.get("fp32"):
         raise ProviderError(
-            f"provider 'cuda': {parts.place / file} is INT8 for the CPU, which CUDA has no kernels for; use "
-            f"{files.get('cuda')}, or `distill export --provider cuda`"
+            f"provider 'cuda': {parts.place / file} is INT8 for the CPU, which CUDA has no kernels for; "
+            "leave the file out, or use one that `distill export --provider cuda` wrote"
         )
     model = parts.model(file)
     options = onnxruntime.SessionOptions()

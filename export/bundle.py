@@ -9,10 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import onnx
 from distill.export.cpu import write_int8
 from distill.export.cuda import write_cuda
 from distill.export.draft import FP32, INT8, Draft
 from distill.export.onnx import export_fp32, shorten
+from distill.export.placement import off_cuda
 from distill.export.verification import require_parity
 
 from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest, verify
@@ -44,7 +46,8 @@ class ExportOptions:
         int8: add an INT8 file for each.
         max_drop: points of validation macro-F1 that FP16 and INT8 may lose.
         exporter: "optimum" or "transformers"; the one that the installed transformers allows when left out.
-        single_file: add `classifier.onnx`, which holds the whole bundle.
+        single_file: add `classifier.onnx`, which holds the whole bundle, with the CPU's file (with that of
+            CUDA, where it is the only provider).
         data: the data, if it has moved.
         overwrite: replace an existing output folder.
     """
@@ -86,7 +89,7 @@ def export_student(options: ExportOptions) -> Manifest:
         parameters=student.parameters,
         problem_type=student.problem_type,
         long_texts=student.long_texts,
-        details={"files": {"fp32": FP32, "cpu": FP32, "cuda": FP32}},
+        details={"files": {"fp32": FP32, "cpu": FP32}},
     )
     with publish(options.output, manifest, options.overwrite) as folder, TemporaryDirectory() as scratch:
         exported = export_fp32(options.student, Path(scratch), options.exporter)
@@ -96,13 +99,7 @@ def export_student(options: ExportOptions) -> Manifest:
 
 
 def _fill(folder: Path, exported: Path, options: ExportOptions, manifest: Manifest, data: Data) -> None:
-    (folder / "onnx").mkdir()
-    external = exported.with_name(f"{exported.name}_data")
-    if external.exists():  # more than 2 GB: left as it is
-        for path in (exported, external):
-            shutil.copy(path, folder / "onnx" / path.name)
-    else:
-        manifest.details["first_token_only"] = shorten(exported, folder / FP32)
+    _place(exported, folder, manifest)
     tokenizer = load_tokenizer(str(options.student), manifest.max_length, "--student", manifest.long_texts)
     tokenizer.save_pretrained(folder)
     shutil.copy(options.student / "config.json", folder / "config.json")
@@ -149,8 +146,24 @@ def _fill(folder: Path, exported: Path, options: ExportOptions, manifest: Manife
             }
     write_predictions(folder, data.splits, versions)
     if options.single_file:
-        _write_single_file(folder, manifest)
+        _write_single_file(folder, manifest, "cpu" if "cpu" in options.provider else "cuda")
     (folder / "README.md").write_text(_model_card(manifest), encoding="utf-8")
+
+
+def _place(exported: Path, folder: Path, manifest: Manifest) -> None:
+    """Put the fp32 graph into the bundle, and find out whether CUDA has kernels for all of it."""
+    (folder / "onnx").mkdir()
+    external = exported.with_name(f"{exported.name}_data")
+    if external.exists():  # more than 2 GB: left as it is
+        for path in (exported, external):
+            shutil.copy(path, folder / "onnx" / path.name)
+    else:
+        manifest.details["first_token_only"] = shorten(exported, folder / FP32)
+    off = off_cuda(onnx.load(folder / FP32, load_external_data=False))
+    if off:
+        logger.info("%s is not for CUDA: %s", FP32, off[0])
+    else:
+        manifest.details["files"]["cuda"] = FP32
 
 
 def _record(manifest: Manifest, file: str, decision: Decision) -> None:
@@ -174,14 +187,15 @@ def _add_cuda(
             _record(draft.manifest, entry["file"], Decision(entry["temperature"], entry["thresholds"]))
 
 
-def _write_single_file(folder: Path, manifest: Manifest) -> None:
-    """Write the CPU provider's file with all that `Classifier` needs beside it."""
-    file = manifest.details["files"]["cpu"]
+def _write_single_file(folder: Path, manifest: Manifest, provider: str) -> None:
+    """Write a provider's file with all that `Classifier` needs beside it."""
+    files = manifest.details["files"]
+    file = files[provider]
     if (folder / f"{file}_data").exists():
         raise DistillError(
             "--single-file: an ONNX file holds at most 2 GB, and this model has more; leave it out"
         )
-    details = {**manifest.details, "files": {"cpu": file}}
+    details = {**manifest.details, "files": {name: path for name, path in files.items() if path == file}}
     parts = {MANIFEST: json.dumps({**asdict(manifest), "details": details}, ensure_ascii=False)}
     for name in (TOKENIZER, TOKENIZER_SETTINGS):
         parts[name] = (folder / name).read_text(encoding="utf-8")
@@ -198,6 +212,8 @@ def _model_card(manifest: Manifest) -> str:
             f"\n\nOf texts longer than {manifest.max_length} tokens `Classifier` reads more than the "
             f"beginning ({manifest.long_texts}); other runtimes read that alone, and answer differently."
         )
+    files = manifest.details["files"]
+    cuda = f"| file for CUDA | `{files['cuda']}` |\n" if "cuda" in files else ""
     example = '("a text", "another one")' if second_column(manifest.data) else '"a text"'
     return f"""---
 pipeline_tag: text-classification
@@ -214,9 +230,8 @@ Labels: {", ".join(manifest.labels)}.{several}
 | test macro-F1 | {test["macro_f1"]:.4f} |
 | test accuracy | {test["accuracy"]:.4f} |
 | parameters | {manifest.parameters:,} |
-| file for the CPU | `{manifest.details["files"]["cpu"]}` |
-| file for CUDA | `{manifest.details["files"]["cuda"]}` |
-
+| file for the CPU | `{files["cpu"]}` |
+{cuda}
 ```python
 from distill import Classifier
 

@@ -35,7 +35,9 @@ from distill.options import POSITIVE, output_options, say_loading, show_stage
     help="What writes the graph [Optimum; transformers' own exporter with transformers 5].",
 )
 @click.option(
-    "--single-file", is_flag=True, help="Add classifier.onnx, one file that holds the whole bundle."
+    "--single-file",
+    is_flag=True,
+    help="Add classifier.onnx: the bundle in one file, with the model for the CPU (or CUDA, if alone).",
 )
 @click.option("--data", help="The data, if it has moved [where the earlier stages read it].")
 @output_options("runs/export")

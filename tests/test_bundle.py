@@ -7,7 +7,7 @@ import pytest
 from distill.export.bundle import ExportOptions
 
 from distill import Classifier, DistillError, export_student
-from distill.bundle import seal_manifest
+from distill.bundle import open_bundle, seal_manifest
 
 TEXTS = ["a lovely phone", "awful", "it arrived tuesday", ""]
 USED = ["distill.json", "tokenizer.json", "tokenizer_config.json", "onnx/model_quantized.onnx"]
@@ -57,6 +57,14 @@ def test_a_manifest_without_its_seal_is_refused(chain, tmp_path, gone):
     manifest = json.loads((folder / "distill.json").read_text())
     (folder / "distill.json").write_text(json.dumps({**manifest, "labels": manifest["labels"][::-1], **gone}))
     with pytest.raises(DistillError, match=r"distill\.json: changed"):
+        Classifier(folder)
+
+
+@pytest.mark.parametrize("content", ['{"details": null}', '{"details": 5}', "[" * 100_000, "[]"])
+def test_a_manifest_that_is_none_is_refused(chain, tmp_path, content):
+    folder = shutil.copytree(chain.export, tmp_path / "b")
+    (folder / "distill.json").write_text(content)
+    with pytest.raises(DistillError, match=r"not a bundle|distill\.json: damaged"):
         Classifier(folder)
 
 
@@ -127,6 +135,18 @@ def test_another_onnx_file_and_a_cut_one_are_refused(single, tmp_path):
 def test_predict_reads_a_single_file(single, run):
     result = run("predict", "--bundle", single, input="a lovely phone\n")
     assert result.exit_code == 0 and "a lovely phone," in result.stdout
+
+
+def test_the_single_file_is_that_of_cuda_where_cuda_is_the_only_provider(chain, single, tmp_path):
+    options = ExportOptions(
+        chain.student, tmp_path / "b", provider=("cuda",), max_drop=100.0, single_file=True
+    )
+    export_student(options)
+    place = tmp_path / "b" / "classifier.onnx"
+    assert onnx.load(place).graph == onnx.load(tmp_path / "b/onnx/model_fp16.onnx").graph
+    assert Classifier(open_bundle(place), provider="auto", file="onnx/model_fp16.onnx").provider == "cpu"
+    with pytest.raises(DistillError, match="'cpu': .* holds no file for it; .*--provider cpu` wrote"):
+        Classifier(place)
 
 
 def test_a_file_that_the_single_file_lacks_is_refused(single):

@@ -173,7 +173,7 @@ def test_cuda_is_never_given_the_int8_file_of_the_cpu(bundle, monkeypatch):
 
     found = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)
-    with pytest.raises(DistillError, match=r"model_quantized\.onnx is INT8 for the CPU.*use onnx/model_fp16"):
+    with pytest.raises(DistillError, match=r"model_quantized\.onnx is INT8 for the CPU.*leave the file out"):
         Classifier(bundle, provider="cuda", file="onnx/model_quantized.onnx")
 
 
