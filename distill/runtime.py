@@ -23,12 +23,20 @@ logger = logging.getLogger(__name__)
 STREAM_BATCH = 4096  # texts that a stream gives a GPU at once
 
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores together, in a period
+
+
 def cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use, and that its container's quota lets it use."""
     try:
-        return len(os.sched_getaffinity(0))
+        allowed = len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system
-        return os.cpu_count() or 1
+        allowed = os.cpu_count() or 1
+    try:
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+    except (OSError, ValueError):  # there is none, or it is "max"
+        return allowed
+    return max(1, min(allowed, -(-quota // period)))
 
 
 class Classifier:
@@ -108,12 +116,12 @@ class Classifier:
 
     def logits(self, text: Text) -> NDArray[np.float32]:
         """Logits of one text (or pair of texts), shape (classes,)."""
-        self._check_kind(text)
+        self._check(text)
         return self._engine.logits(text)
 
     def outputs(self, text: Text) -> list[NDArray[Any]]:
         """All outputs of the graph for one text, as a batch of one; the first are the logits."""
-        self._check_kind(text)
+        self._check(text)
         return self._engine.outputs(text)
 
     def stream_logits(self, texts: Iterable[Text]) -> Iterator[NDArray[np.float32]]:
@@ -121,18 +129,24 @@ class Classifier:
 
         Texts are read ahead, to keep the threads busy: 4 a thread, 4,096 on CUDA. An answer comes when the
         next text is there or the stream ends; a producer that waits for each needs `threads=1`, or `logits`.
+        An error of the producer, or a text that is none, is raised after the answers to the texts before it.
         """
-        texts = self._each_checked(texts)
+        failed: list[Exception] = []
+        yield from self._answers(_until_failed(self._each_checked(texts), failed))
+        if failed:
+            raise failed[0]
+
+    def _answers(self, texts: Iterator[Text]) -> Iterator[NDArray[np.float32]]:
         if self.provider == "cuda":
             while batch := list(islice(texts, STREAM_BATCH)):
                 yield from self._engine.batched_logits(batch)
             return
         if self._threads == 1:
-            yield from map(self.logits, texts)
+            yield from map(self._engine.logits, texts)
             return
         waiting: deque[Future[NDArray[np.float32]]] = deque()
         for text in texts:
-            waiting.append(self._pool.submit(self.logits, text))
+            waiting.append(self._pool.submit(self._engine.logits, text))
             while waiting and (waiting[0].done() or len(waiting) > 4 * self._threads):
                 yield waiting.popleft().result()
         while waiting:
@@ -148,22 +162,20 @@ class Classifier:
         if not isinstance(texts, Iterable):
             raise DistillError(f"texts: {type(texts).__name__} instead of a list of strings")
         for index, text in enumerate(texts):
-            parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
-            for part in parts:
-                if not isinstance(part, str):
-                    kind = type(part).__name__
-                    raise DistillError(f"texts[{index}]: {kind} instead of a string or a pair of them")
-                if not part.isascii() and SURROGATE.search(part):
-                    raise DistillError(
-                        f"texts[{index}]: half of a character (a lone surrogate) in it; take it out"
-                    )
-            self._check_kind(text, f"texts[{index}]")
+            self._check(text, index)
             yield text
 
-    def _check_kind(self, text: Text, name: str = "text") -> None:
+    def _check(self, text: Text, index: int | None = None) -> None:
+        for part in text if isinstance(text, tuple) and len(text) == 2 else (text,):
+            if not isinstance(part, str):
+                kind = type(part).__name__
+                raise DistillError(f"{_name(index)}: {kind} instead of a string or a pair of them")
+            if not part.isascii() and SURROGATE.search(part):
+                raise DistillError(f"{_name(index)}: half of a character in it (a lone surrogate), or a byte "
+                                   "that is not UTF-8; take it out")  # fmt: skip
         if isinstance(text, tuple) != self.pairs:
             found, trained = ("one text", "pairs") if self.pairs else ("a pair", "single texts")
-            raise DistillError(f"{name}: {found}, and this bundle was trained on {trained}")
+            raise DistillError(f"{_name(index)}: {found}, and this bundle was trained on {trained}")
 
     def predict_logits(self, texts: Iterable[Text]) -> NDArray[np.float32]:
         """Logits, shape (n, classes)."""
@@ -171,7 +183,7 @@ class Classifier:
         if self.provider == "cuda" and texts:
             return self._engine.batched_logits(texts)
         if len(texts) == 1:
-            return self.logits(texts[0])[np.newaxis]
+            return self._engine.logits(texts[0])[np.newaxis]
         logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
         # The longest first, so that no thread is left alone with a long text at the end.
         waiting = deque(sorted(range(len(texts)), key=lambda index: -_characters(texts[index])))
@@ -260,6 +272,18 @@ class Classifier:
             best = [{"label": self.labels[index], "score": float(row[index])} for index in order]
             answers.append(best[0] if legacy else best)
         return answers[0] if single and not legacy else answers
+
+
+def _name(index: int | None) -> str:
+    return "text" if index is None else f"texts[{index}]"
+
+
+def _until_failed(texts: Iterator[Text], failed: list[Exception]) -> Iterator[Text]:
+    """The texts up to an error, which is put into `failed`."""
+    try:
+        yield from texts
+    except Exception as error:
+        failed.append(error)
 
 
 def _characters(text: Text) -> int:

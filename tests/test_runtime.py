@@ -14,6 +14,7 @@ from conftest import make_rows
 from distill import Classifier, DistillError
 from distill.artifact import read_manifest
 from distill.bundle import open_bundle
+from distill.runtime import cores
 
 TEXTS = [text for text, _ in make_rows(50, seed=3)]
 
@@ -162,6 +163,9 @@ def test_a_single_string_and_other_types_are_refused(classifier):
         classifier.predict(["\ud800 hello"])
     with pytest.raises(DistillError, match=r"texts\[3\]: NoneType"):
         list(classifier.stream_logits(["a", "b", "c", None]))
+    for one in (None, "\ud800 hello", ("a", None)):
+        with pytest.raises(DistillError, match=r"text: (NoneType|half of a character)"):
+            classifier.logits(one)
     with pytest.raises(DistillError, match="texts: NoneType instead of a list"):
         classifier.predict(None)
     for top_k in (0, -1, "all"):
@@ -188,6 +192,36 @@ def test_a_text_without_tokens_is_answered(chain, tmp_path):
 
 def test_long_and_empty_texts_are_answered(classifier):
     assert len(classifier.predict(["lovely " * 10_000, ""])) == 2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_stream_that_breaks_off_answers_what_came_before(chain, threads, cuda, monkeypatch):
+    def texts():
+        yield from TEXTS[:3]
+        raise OSError("the connection was lost")
+
+    classifier = Classifier(chain.export, provider="cpu", file="onnx/model.onnx", threads=threads)
+    if cuda:
+        monkeypatch.setattr(classifier, "provider", "cuda")  # batches, on the CPU
+    found = []
+    with pytest.raises(OSError, match="the connection was lost"):
+        for logits in classifier.stream_logits(texts()):
+            found.append(logits)
+    expected = Classifier(chain.export, file="onnx/model.onnx").predict_logits(TEXTS[:3])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("150000 100000", 2), ("10000 100000", 1), ("max 100000", 8), ("6400000 100000", 8)],
+)
+def test_a_containers_quota_counts(tmp_path, monkeypatch, quota, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setattr("distill.runtime.CPU_QUOTA", tmp_path / "cpu.max")
+    assert cores() == 8
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert cores() == expected
 
 
 def test_streaming_reads_only_a_little_ahead(chain):
