@@ -1,11 +1,12 @@
 """A classifier as a web service: `uvicorn distill.examples.embedding.service:app`.
 
 Requests wait in one bounded queue. Whatever waits when the classifier is free is answered as one batch, so
-nothing is delayed to fill one. A full queue sheds load with 503 at once; a request that waited too long gets
-503 too, and its texts are not classified any more.
+nothing is delayed to fill one. A full queue sheds load with 503 at once, and so do bodies that would take too
+much memory together; a request that waited too long gets 503 too, and its texts are not classified any more.
 
 Settings, from the environment: DISTILL_BUNDLE (folder or single file), DISTILL_PROVIDER (auto, cpu or cuda),
-DISTILL_THREADS, DISTILL_MAX_WAITING (texts in the queue), DISTILL_TIMEOUT (seconds).
+DISTILL_THREADS, DISTILL_MAX_WAITING (texts in the queue), DISTILL_TIMEOUT (seconds, for a body to arrive, and
+again for its answer).
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -41,6 +42,7 @@ Number = TypeVar("Number", int, float)
 MAX_TEXTS = 128  # in a request
 MAX_CHARACTERS = 20_000  # in a text
 MAX_BYTES = 16_000_000  # of a request
+MAX_BYTES_AT_ONCE = 64_000_000  # of all requests that are read or answered
 MAX_BATCH = 256  # texts classified together
 
 
@@ -191,14 +193,19 @@ class Metrics:
 
 
 class Watch:
-    """Refuses bodies that are too large before they are read; counts and times the answers to `/predict`."""
+    """Reads what `/predict` is sent, unless it is too large or too slow; counts and times the answers."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, timeout: float) -> None:
+        self.app, self._timeout = app, timeout
+        self._bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        if scope["type"] != "http" or scope["path"] != "/predict" or scope["method"] != "POST":
+        # The path holds that under which the application is mounted, or which a proxy has put before it.
+        path, root = scope.get("path", ""), scope.get("root_path", "")
+        if path.startswith(f"{root}/"):
+            path = path.removeprefix(root)
+        if scope["type"] != "http" or path != "/predict" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
@@ -212,16 +219,51 @@ class Watch:
 
         headers = Headers(scope=scope)
         length = headers.get("content-length", "")
-        app: ASGIApp = self.app
         if not length.isdigit() or "transfer-encoding" in headers:
-            app = _problem(411, "send a Content-Length, and no Transfer-Encoding")
+            refusal = _problem(411, "send a Content-Length, and no Transfer-Encoding")
         elif int(length) > MAX_BYTES:
-            app = _problem(413, f"{length} bytes; a request may have {MAX_BYTES}")
+            refusal = _problem(413, f"{length} bytes; a request may have {MAX_BYTES}")
+        elif self._bytes + int(length) > MAX_BYTES_AT_ONCE:
+            refusal = _shed(f"requests of {self._bytes} bytes are in work already; try again later")
+        else:
+            self._bytes += int(length)
+            try:
+                await self._pass_on(scope, receive, watched)
+            except Exception:  # answered with 500 further out
+                metrics.requests.labels(500).inc()
+                raise
+            finally:
+                self._bytes -= int(length)
+            return
+        await refusal(scope, receive, watched)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await app(scope, receive, watched)
-        except Exception:  # answered with 500 further out
-            metrics.requests.labels(500).inc()
-            raise
+            body = await asyncio.wait_for(_body(receive), self._timeout)
+        except TimeoutError:
+            problem = _problem(408, f"no whole body within {self._timeout:g} s", {"Connection": "close"})
+            await problem(scope, receive, send)
+            return
+        if body is None:  # the client has gone
+            return
+        messages: deque[Message] = deque([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def again() -> Message:
+            return messages.popleft() if messages else await receive()
+
+        await self.app(scope, again, send)
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """A request's body; None if the client went away before its end."""
+    parts, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
 
 
 router = APIRouter()
@@ -243,9 +285,11 @@ async def predict(given: Texts, request: Request) -> JSONResponse:
 
 
 @router.get("/health")
-async def health(request: Request) -> dict[str, object]:
-    """Say that the model is loaded, and which one."""
+async def health(request: Request) -> Any:
+    """Say that requests are answered, and by which model."""
     classifier = request.app.state.classifier
+    if request.app.state.worker.done():
+        return _problem(503, "requests are not answered any more; start the service again")
     return {
         "status": "ok",
         "file": classifier.file,
@@ -272,7 +316,7 @@ async def refuse(request: Request, error: Exception) -> JSONResponse:
     first = error.errors()[0]
     hint = (
         ""
-        if request.headers.get("content-type") == "application/json"
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() == "application/json"
         else "; send content-type: application/json"
     )
     return _problem(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}{hint}")
@@ -280,7 +324,11 @@ async def refuse(request: Request, error: Exception) -> JSONResponse:
 
 async def shed(request: Request, error: Exception) -> JSONResponse:
     """Answer a request for which there is no room."""
-    return _problem(503, str(error), {"Retry-After": "1"})
+    return _shed(str(error))
+
+
+def _shed(detail: str) -> JSONResponse:
+    return _problem(503, detail, {"Retry-After": "1"})
 
 
 def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -304,12 +352,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         batcher = Batcher(classifier, settings.max_waiting, settings.timeout)
         app.state.classifier, app.state.batcher, app.state.metrics = classifier, batcher, Metrics(batcher)
-        worker = asyncio.create_task(batcher.run())
+        app.state.worker = asyncio.create_task(batcher.run())
         yield
-        worker.cancel()
+        app.state.worker.cancel()
 
     app = FastAPI(title="distill", lifespan=lifespan)
-    app.add_middleware(Watch)
+    app.add_middleware(Watch, timeout=settings.timeout)
     app.add_exception_handler(Overloaded, shed)
     app.add_exception_handler(TooMany, too_many)
     app.add_exception_handler(RequestValidationError, refuse)

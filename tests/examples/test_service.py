@@ -78,6 +78,65 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(client):
     assert answer.status_code == 422 and "content-type" in answer.json()["detail"]
 
 
+def test_limits_hold_behind_a_proxy_and_in_another_application(chain):
+    app = create_app(Settings(bundle=str(chain.export), provider="cpu"))
+    with TestClient(app, root_path="/api") as client:
+        assert client.post("/api/predict", json={"texts": ["lovely"]}).status_code == 200
+        assert client.post("/api/predict", content=b"x" * (service.MAX_BYTES + 1)).status_code == 413
+        assert client.post("/api/predict", content=iter([b"{}"])).status_code == 411
+        counted = client.get("/api/metrics").text
+    assert all(f'distill_requests_total{{status="{status}"}} 1.0' in counted for status in (200, 411, 413))
+
+
+def test_bodies_have_a_budget_and_a_time(client, monkeypatch):
+    async def app(scope, receive, send):
+        read.append((await receive())["body"])
+        await service.JSONResponse({})(scope, receive, send)
+
+    async def ask(watch, receive):
+        await watch(scope, receive, sent.append_later)
+
+    class Sent(list):
+        async def append_later(self, message):
+            self.append(message.get("status"))
+
+    async def whole():
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def never():
+        await asyncio.sleep(60)
+
+    async def gone():
+        return {"type": "http.disconnect"}
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/predict", "headers": [(b"content-length", b"40")],
+        "app": client.app,
+    }  # fmt: skip
+    read, sent = [], Sent()
+    watch = service.Watch(app, timeout=0.05)
+    monkeypatch.setattr(service, "MAX_BYTES_AT_ONCE", 100)
+
+    async def work():
+        slow = [asyncio.create_task(ask(watch, never)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        await ask(watch, whole)  # no room beside them
+        await asyncio.gather(*slow)
+        await ask(watch, whole)
+        await ask(watch, gone)
+
+    asyncio.run(work())
+    assert [status for status in sent if status] == [503, 408, 408, 200]
+    assert read == [b"{}"] and watch._bytes == 0
+
+
+def test_a_service_that_answers_no_more_is_not_healthy(chain):
+    with TestClient(create_app(Settings(bundle=str(chain.export), provider="cpu"))) as client:
+        client.portal.call(client.app.state.worker.cancel)
+        answer = client.get("/health")
+        assert answer.status_code == 503 and "start the service again" in answer.json()["detail"]
+
+
 class _Slow:
     """A classifier that takes its time and remembers its batches."""
 
@@ -188,6 +247,8 @@ def test_what_is_no_text_is_refused_and_failures_are_counted(client, monkeypatch
     json_type = {"content-type": "application/json"}
     answer = client.post("/predict", content=b'{"texts": ["\\ud800 hello"]}', headers=json_type)
     assert answer.status_code == 422 and "texts.0" in answer.json()["detail"]
+    typed = {"content-type": "application/json; charset=utf-8"}
+    assert "content-type" not in client.post("/predict", content=b"{}", headers=typed).json()["detail"]
     chunked = {"content-length": "2", "transfer-encoding": "chunked"}
     assert client.post("/predict", content=b"{}", headers=chunked).status_code == 411
 
