@@ -1,9 +1,12 @@
 """The command line: one group whose commands are imported only when they are called."""
 
+import json
 import logging
 import os
 import sys
 import tomllib
+from collections.abc import Iterable
+from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -91,10 +94,12 @@ def _defaults(path: Path) -> dict[str, dict[str, Any]]:
         raise click.UsageError(f"{path}: not valid TOML: {error}") from error
     defaults = {}
     for name, options in tables.items():
-        if name not in COMMANDS or not isinstance(options, dict):
+        if not isinstance(options, dict):
             raise click.UsageError(
-                f"{path}: [{name}] is not a command; tables are named {', '.join(COMMANDS)}"
+                f"{path}: {name!r} stands in no table; put it under a command's, such as [train-student]"
             )
+        if name not in COMMANDS:
+            raise click.UsageError(f"{path}: [{name}] is not a command; {_meant(name, COMMANDS)}")
         defaults[name] = options
     return defaults
 
@@ -111,15 +116,30 @@ def _by_parameter(path: Path, name: str, options: dict[str, Any], command: click
     for key, value in options.items():
         parameter = known.get(key.replace("_", "-"))
         if parameter is None:
-            raise click.UsageError(
-                f"{path}: [{name}] has no option {key!r}; it has {', '.join(sorted(known))}"
-            )
+            raise click.UsageError(f"{path}: [{name}] has no option {key!r}; {_meant(key, known)}")
         if isinstance(value, dict) or (isinstance(value, list) and not parameter.multiple):
             raise click.UsageError(f"{path}: [{name}] {key}: one value is needed, not {value}")
-        renamed[str(parameter.name)] = (
-            [value] if parameter.multiple and not isinstance(value, list) else value
-        )
+        try:
+            values = [_converted(parameter, one) for one in (value if isinstance(value, list) else [value])]
+        except click.BadParameter as error:
+            told = error.message.replace(" range.", ".")
+            raise click.UsageError(f"{path}: [{name}] {key}: {told}") from error
+        renamed[str(parameter.name)] = values if parameter.multiple else values[0]
     return renamed
+
+
+def _meant(given: str, known: Iterable[str]) -> str:
+    """The nearest of the names that there are, or all of them."""
+    near = get_close_matches(given, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
+
+
+def _converted(parameter: click.Option, value: Any) -> Any:
+    """A value out of TOML as it would be if it had been typed."""
+    if parameter.is_flag != isinstance(value, bool):
+        kind = "true or false" if parameter.is_flag else "a value"
+        raise click.BadParameter(f"{kind} is needed, not {json.dumps(value, default=str)}")
+    return value if parameter.is_flag else parameter.type.convert(str(value), parameter, None)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

@@ -116,3 +116,30 @@ def test_a_plain_mistake_is_told_before_torch_is_loaded(arguments, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == ["1", "False"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[export]\nint8 = 1\n", "[export] int8: true or false is needed, not 1"),
+        ("[export]\nint8 = 'maybe'\n", '[export] int8: true or false is needed, not "maybe"'),
+        ("[export]\nmax-drop = 'a'\n", "[export] max-drop: 'a' is not a valid float."),
+        ("[export]\nmax-drop = true\n", "[export] max-drop: a value is needed, not true"),
+        ("[export]\nint9 = true\n", "[export] has no option 'int9'; did you mean 'int8'?"),
+        ("[exprot]\nint8 = true\n", "[exprot] is not a command; did you mean 'export'?"),
+        ("int8 = true\n", "'int8' stands in no table; put it under a command's, such as [train-student]"),
+        ("export = 3\n", "'export' stands in no table"),
+    ],
+)
+def test_what_distill_toml_cannot_say_is_told_in_one_line(tmp_path, monkeypatch, run, content, told):
+    monkeypatch.chdir(tmp_path)
+    Path("distill.toml").write_text(content)
+    result = run("export")
+    assert result.exit_code == 2 and f"distill.toml: {told}" in result.output.replace("\n", " ")
+
+
+def test_paths_and_numbers_may_be_written_plainly(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    Path("distill.toml").write_text("[export]\noutput = 3\nmax-drop = 2\nint8 = false\nprovider = ['cpu']\n")
+    result = run("export")
+    assert result.exit_code == 1 and "runs/student" in result.output
