@@ -53,7 +53,8 @@ def open_bundle(place: str | Path, sealed: bool = True) -> Bundle:
     if place.is_file():
         return _File(place)
     if not place.is_dir():
-        raise DistillError(f"{place}: no such folder; name one that `distill export` wrote")
+        kind = "file" if place.suffix == ".onnx" else "folder"
+        raise DistillError(f"{place}: no such {kind}; name one that `distill export` wrote")
     return _Folder(place, sealed)
 
 
@@ -77,8 +78,11 @@ def _parse_manifest(content: bytes, place: Path) -> dict[str, Any]:
         raise DistillError(f"{place / MANIFEST}: damaged ({error}); {_AGAIN}") from error
     details = manifest.get("details")
     if not isinstance(details, dict) or "files" not in details:
+        stage = manifest.get("stage")
         raise DistillError(
-            f"{place}: not a bundle (written by {manifest.get('stage')}); run `distill export` on it"
+            f"{place}: not a bundle (written by {stage}); run `distill export` on it"
+            if stage
+            else f"{place / MANIFEST}: damaged (it names no files); {_AGAIN}"
         )
     return manifest
 
@@ -88,7 +92,9 @@ class _Folder:
         self.place, self._sealed = place, sealed
         path = place / MANIFEST
         if not path.is_file():
-            raise DistillError(f"{path}: no such file; name a folder that `distill export` wrote")
+            above = (place.parent / MANIFEST).is_file()
+            folder = f"its folder, {place.parent}" if above else "a folder that `distill export` wrote"
+            raise DistillError(f"{path}: no such file; name {folder}")
         self.manifest = _parse_manifest(path.read_bytes(), place)
         if sealed and self.manifest.get(_SEAL) != seal_manifest(self.manifest):
             raise DistillError(f"{path}: changed since it was written; {_AGAIN}")

@@ -151,6 +151,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
+        if path.is_dir():
+            raise DistillError(f"{path}: a folder; name one of its files")
         raise DistillError(f"{path}: unknown kind of file {suffix!r}; use {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise DistillError(f"{path}: no such file")

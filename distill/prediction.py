@@ -3,13 +3,14 @@
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import tee
 from pathlib import Path
 from typing import IO, Any
 
 import click
+from click.core import ParameterSource
 
 from distill.errors import DistillError
 from distill.files import SURROGATE, TEXT_COLUMNS, find_column, read_csv, read_jsonl, read_lines, read_rows
@@ -55,6 +56,8 @@ def texts_of_rows(
                 f"--text-pair-column; found {', '.join(row)}"
             )
         for wanted in filter(None, (chosen, pair)):
+            if wanted not in row:
+                raise DistillError(f"{name}, row {number}: no column {wanted!r}; found {', '.join(row)}")
             if not isinstance(row.get(wanted), str):
                 raise DistillError(
                     f"{name}, row {number}: no text in column {wanted!r}; found {row.get(wanted)!r}"
@@ -68,8 +71,11 @@ def texts_of_rows(
 
 
 @contextmanager
-def _writer(output: Path | None, form: str) -> Iterator[Callable[[Row], None]]:
-    """Give a function that writes one row; a file appears only when all of it is there."""
+def _writer(output: Path | None, form: str, columns: Sequence[str]) -> Iterator[Callable[[Row], None]]:
+    """Give a function that writes one row; a file appears only when all of it is there.
+
+    A table without a row gets `columns`.
+    """
     with ExitStack() as stack:
         partial = output and output.with_name(f".{output.name}.partial")
         stream: IO[str] = (
@@ -97,6 +103,8 @@ def _writer(output: Path | None, form: str) -> Iterator[Callable[[Row], None]]:
 
         try:
             yield write_jsonl if form == "jsonl" else write_csv
+            if table is None and form != "jsonl":
+                stream.write(("\t" if form == "tsv" else ",").join(columns) + "\n")
             stream.flush()
             if partial and output:
                 stack.close()
@@ -211,6 +219,9 @@ def predict(
     from distill.bundle import open_bundle, second_column
     from distill.runtime import Classifier
 
+    typed = click.get_current_context().get_parameter_source("form") is ParameterSource.COMMANDLINE
+    if source != "-" and form and typed:
+        raise DistillError(f"--format {form}: of standard input alone; a file's name says what it is")
     place = Path(output) if output else None
     target = _target(source, place, as_json, overwrite)
     if source != "-" and not Path(source).suffix and not Path(source).exists():
@@ -227,7 +238,7 @@ def predict(
         raise DistillError(f'label {joined!r}: holds the "|" that joins a text\'s labels; add --json')
     answers = classifier.stream_logits(texts_of_rows(again, name, text_column, text_pair_column))
     added = ("prediction", "score", *(["probabilities"] if as_json else []))
-    with _writer(place, target) as write:
+    with _writer(place, target, (text_column or "text", *added)) as write:
         for (_, row), logits in zip(rows, answers, strict=False):
             taken = [column for column in added if column in row]
             if taken:
@@ -236,3 +247,4 @@ def predict(
                 zip(classifier.labels, classifier.probabilities(logits).round(6).tolist(), strict=True)
             )
             write({**row, **_answer(classifier.answer(logits), probabilities, target, as_json)})
+        next(answers, None)  # raises what ended the rows, if it was an error

@@ -93,6 +93,10 @@ def read_predictions(folder: Path, split: str) -> dict[str, Predictions]:
     import pyarrow.parquet
 
     path = folder / FILE
+    if not path.is_file():
+        raise DistillError(
+            f"{path}: no such file; name the whole folder that the stage wrote, or run it again"
+        )
     try:
         table = pyarrow.parquet.read_table(path, filters=[("split", "=", split)])
     except (OSError, pyarrow.ArrowException) as error:

@@ -190,8 +190,8 @@ def test_bad_checkpoint(kind, here, run, checkpoint):
 CONFIGS = {
     "list for a value": ("[predict]\nthreads = [1]\n", "threads", "one value"),
     "not TOML": ("[train-teacher\n", "distill.toml", "not valid TOML"),
-    "unknown table": ("[train-techer]\n", "[train-techer]", "tables are named"),
-    "unknown option": ("[predict]\nbundel = 'x'\n", "'bundel'", "it has"),
+    "unknown table": ("[train-techer]\n", "[train-techer]", "did you mean 'train-teacher'"),
+    "unknown option": ("[predict]\nbundel = 'x'\n", "'bundel'", "did you mean 'bundle'"),
 }
 
 
@@ -345,6 +345,19 @@ PREDICTIONS = {
     "no model": (["in.csv", "--bundle", "hollow"], "model_quantized.onnx", "export it again"),
     "not a bundle": (["in.csv", "--bundle", "t"], "t: not a bundle", "run `distill export`"),
     "no CUDA": (["in.csv", "--bundle", "b", "--provider", "cuda"], "'cuda'", "onnxruntime-gpu"),
+    "a folder": (["b", "--bundle", "b"], "b: a folder", "name one of its files"),
+    "the format of a file": (["in.csv", "--format", "jsonl"], "--format jsonl", "a file's name says"),
+    "no such single file": (["in.csv", "--bundle", "no.onnx"], "no.onnx: no such file", "`distill export`"),
+    "a part of a bundle": (
+        ["in.csv", "--bundle", "b/onnx"],
+        "b/onnx/distill.json: no such file",
+        "name its folder, b",
+    ),
+    "a row without the column": (
+        ["other.jsonl", "--bundle", "b", "--output", "o.csv"],
+        "other.jsonl, row 2",
+        "no column 'text'; found txt",
+    ),
     "Parquet on a pipe": (["-", "--bundle", "b", "--format", "parquet"], "--format parquet", "name the file"),
 }
 
@@ -357,6 +370,7 @@ def test_bad_prediction(kind, here, run, chain, monkeypatch):
     write_csv(here / "odd.csv", [("a",)], ("words",))
     (here / "gap.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
     (here / "ragged.csv").write_text("text,n\na,1\nb,2,3\n")
+    (here / "other.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     (here / "half.jsonl").write_text('{"text": "a \\ud800"}\n')
     for name in ("b", "broken", "hollow"):
         shutil.copytree(chain.export, here / name)

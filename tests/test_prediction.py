@@ -64,6 +64,14 @@ def test_a_file_is_written_whole(chain, run, tmp_path, expected):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(("suffix", "header"), [("csv", "text,prediction,score\n"), ("jsonl", "")])
+def test_a_file_without_rows_becomes_a_table_without_rows(chain, run, tmp_path, suffix, header):
+    (tmp_path / "in.csv").write_text("text\n")
+    output = tmp_path / f"out.{suffix}"
+    result = run("predict", tmp_path / "in.csv", "--bundle", chain.export, "--output", output)
+    assert result.exit_code == 0 and output.read_text() == header
+
+
 def test_a_row_with_another_column_than_the_first_ends_in_one_line(chain, run, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "lovely"}\n{"text": "awful", "stars": 1}\n')
