@@ -23,6 +23,7 @@ POSITIVE = click.IntRange(min=1)
 MIN_STEPS = 200  # a few texts a class need many passes: Mosbach et al. (2021), arXiv 2006.04884
 RATE = click.FloatRange(min=0, min_open=True)
 SHARE = click.FloatRange(0, 1)
+FEWEST = 20  # augmented texts that somebody may have meant
 SEED = click.IntRange(0, 2**32 - 1)
 
 
@@ -175,6 +176,10 @@ def budget_of(augmentation: str, labelled: int) -> int:
             f"--augment {augmentation}: give how many texts to make, as 10x (ten for every training text) or "
             "as 50000"
         )
+    if match and match[2] and budget < FEWEST:
+        raise DistillError(
+            f"--augment {augmentation}: {budget} texts in all; to make {budget} of each write {budget}x"
+        )
     return budget
 
 
@@ -188,10 +193,12 @@ def show_stage(manifest: "Manifest", output: Path, as_json: bool) -> None:
     for split, metrics in manifest.metrics.items():
         figures = ", ".join(f"{name.replace('_', '-')} {value:.4f}" for name, value in metrics.items())
         click.echo(f"{split}: {figures}")
-    click.echo(
-        f"{output}: {manifest.parameters:,} parameters, {manifest.wall_seconds:.0f} s "
-        f"on {manifest.device}, {manifest.precision}"
-    )
+    if files := manifest.details.get("files"):
+        sizes = {name: (output / file).stat().st_size / 1e6 for name, file in files.items()}
+        made = "; ".join(f"{name}: {file}, {sizes[name]:.1f} MB" for name, file in files.items())
+    else:
+        made = f"on {manifest.device}, {manifest.precision}"
+    click.echo(f"{output}: {manifest.parameters:,} parameters, {manifest.wall_seconds:.0f} s; {made}")
 
 
 def say_loading() -> None:

@@ -110,6 +110,9 @@ class Classifier:
         if provider == "auto":
             logger.info("%s: %s on %s: %s", parts.place, self.file, self.provider, reason)
 
+    def __repr__(self) -> str:
+        return f"Classifier({self.file} on {self.provider}, labels {', '.join(self.labels)})"
+
     def renew_pool(self) -> None:
         """Start anew without threads, as in a process that was forked."""
         self._pool = ThreadPoolExecutor(self._threads, "distill")
@@ -253,7 +256,8 @@ class Classifier:
 
         Args:
             texts: one text or several.
-            options: `top_k`, as in the pipeline: how many labels a text gets, None for all.
+            options: `top_k`, as in the pipeline: how many labels a text gets, None for all; `truncation`,
+                which may be True, since a text is never read beyond its limit.
 
         Returns:
             A list of {"label", "score"}, one a text; with `top_k`, a list of such lists (for one text, the
@@ -261,6 +265,8 @@ class Classifier:
         """
         legacy = "top_k" not in options
         top_k = options.pop("top_k", 1)
+        if options.get("truncation") is True:
+            del options["truncation"]
         if options:
             raise TypeError(f"unknown option {next(iter(options))!r}; Classifier takes top_k")
         if top_k is not None and (not isinstance(top_k, int) or top_k < 1):

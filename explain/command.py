@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from distill.files import SUFFIXES
 from distill.options import POSITIVE, SEED, output_options
 
 
@@ -97,6 +98,9 @@ def explain(as_json: bool, **options: Any) -> None:
     """
     from distill.explain.explanations import ExplainOptions, explain_texts, show
 
+    for text in options["texts"]:
+        if Path(text).suffix.lower() in SUFFIXES and " " not in text:
+            click.echo(f"{text}: explained as a text, since this command reads no files", err=True)
     for number, entry in enumerate(explain_texts(ExplainOptions(**options))):
         if as_json:
             click.echo(json.dumps(entry, ensure_ascii=False))

@@ -75,6 +75,7 @@ def render(result: dict[str, Any]) -> str:
         f"{result['texts']} texts, {result['rounds']} rounds, {result['cpu']}.",
         f"Latency: one text at a time, one thread. texts/s: {result['threads']} threads. "
         "cold: from starting Python to the first answer.",
+        f"faster: than {result['versions'][0]['version']}; by round: the least and the most of the rounds.",
     ]
     if result["texts"] < 100:
         lines.append("So few texts say little about p95 and p99: give 100 or more.")

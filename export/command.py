@@ -83,7 +83,10 @@ def export(as_json: bool, output: Path, **options: Any) -> None:
 )
 @click.option("--texts", type=POSITIVE, default=200, help="How many texts to take.")
 @click.option(
-    "--rounds", type=click.IntRange(min=6), default=7, help="How often each version takes all of them."
+    "--rounds",
+    type=click.IntRange(min=6),
+    default=7,
+    help="How often each version takes all of them; fewer than 6 cannot tell two apart.",
 )
 @click.option("--threads", type=POSITIVE, help="For throughput [one a core].")
 @output_options("runs/benchmark")

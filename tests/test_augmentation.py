@@ -249,6 +249,8 @@ def test_the_budget_is_a_number_or_a_multiple():
     assert budget_of("10x", 70) == 700
     assert budget_of("0.5x", 70) == 35
     assert budget_of("5000", 70) == 5000
+    with pytest.raises(DistillError, match="--augment 4: 4 texts in all; to make 4 of each write 4x"):
+        budget_of("4", 70)
     for wrong in ("ten", "-1", "0", "0x", "x"):
         with pytest.raises(DistillError, match=r"--augment .*: give how many texts to make, as 10x"):
             budget_of(wrong, 70)

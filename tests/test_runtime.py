@@ -168,6 +168,8 @@ def test_a_single_string_and_other_types_are_refused(classifier):
             classifier.logits(one)
     with pytest.raises(DistillError, match="texts: NoneType instead of a list"):
         classifier.predict(None)
+    assert classifier("lovely", truncation=True) == classifier("lovely")
+    assert repr(classifier).startswith("Classifier(onnx/model_quantized.onnx on cpu, labels negative, ")
     for top_k in (0, -1, "all"):
         with pytest.raises(DistillError, match=f"top_k={top_k}: must be at least 1"):
             classifier("lovely", top_k=top_k)
