@@ -2,8 +2,8 @@
 
 The demo's student is exported for both providers. Every node is held against the CUDA provider's kernels;
 labels and macro-F1 on the test split are computed on the CPU provider, or on the GPU where there is one.
-There each file, and the student in PyTorch in FP16, is timed too. Writes benchmarks/results/cuda.json, or
-with a GPU cuda_NAME.json.
+There each file, and the student in PyTorch in FP16, is timed too, and a profile says what ran on which
+provider. Writes benchmarks/results/cuda.json, or with a GPU cuda_NAME.json.
 
 Usage: python benchmarks/cuda.py [DEMO_FOLDER], after `make demo`.
 """
@@ -39,11 +39,31 @@ FILES = {
 }
 
 
+def profile(path: Path, provider: str) -> dict[str, int]:
+    """Operators that one text of 32 tokens runs, by the provider that ran each, copies among them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        options = onnxruntime.SessionOptions()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(scratch) / "profile")
+        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        shape = (1, 32)
+        columns = {
+            "input_ids": np.full(shape, 5),
+            "attention_mask": np.ones(shape),
+            "token_type_ids": np.zeros(shape),
+        }
+        session.run(None, {node.name: columns[node.name].astype(np.int64) for node in session.get_inputs()})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    ran = (event["args"] for event in events if event["name"].endswith("_kernel_time"))
+    return dict(
+        Counter(f"{entry['provider'].removesuffix('ExecutionProvider')} {entry['op_name']}" for entry in ran)
+    )
+
+
 def _speeds(bundle: Path, texts: list[str]) -> dict[str, Any]:
-    """Milliseconds of one text and texts a second on the GPU."""
+    """Milliseconds of one text and texts a second on the GPU; labels of PyTorch in FP16 there."""
     names = [name for name in FILES if name != "int8, CPU"]
     opened = {name: Classifier(bundle, provider="cuda", file=FILES[name]) for name in names}
-    latency = measure({name: one.logits for name, one in opened.items()}, texts[:200], rounds=5)
     speeds = {}
     for name, classifier in opened.items():
         classifier.predict(texts)
@@ -58,10 +78,10 @@ def _speeds(bundle: Path, texts: list[str]) -> dict[str, Any]:
     model = load_model("runs/student", manifest.labels).eval().half().cuda()
     tokenizer = load_tokenizer("runs/student", manifest.max_length)
 
-    def pytorch() -> None:
+    def pytorch(texts: list[str]) -> Any:
         columns = tokenizer(texts, truncation=True)
         lengths = np.array([len(ids) for ids in columns["input_ids"]])
-        batched_logits(
+        return batched_logits(
             model,
             tokenizer,
             lambda rows: {k: [v[row] for row in rows] for k, v in columns.items()},
@@ -70,12 +90,15 @@ def _speeds(bundle: Path, texts: list[str]) -> dict[str, Any]:
             "fp32",  # the weights are FP16 already
         )
 
-    pytorch()
+    labels = pytorch(texts).argmax(axis=1).tolist()
     started = time.perf_counter()
     for _ in range(5):
-        pytorch()
+        pytorch(texts)
     speeds["PyTorch fp16"] = 5 * len(texts) / (time.perf_counter() - started)
-    return {"latency_ms": latency, "texts_per_second": speeds}
+    sides: dict[str, Any] = {name: one.logits for name, one in opened.items()}
+    sides["PyTorch fp16"] = lambda text: pytorch([text])
+    latency = measure(sides, texts[:200], rounds=5)
+    return {"latency_ms": latency, "texts_per_second": speeds, "labels_of_pytorch": labels}
 
 
 @click.command()
@@ -124,6 +147,15 @@ def main(demo: Path) -> None:
         result["int8_same_label_on_both"] = float(agreement)
         if on_gpu:
             result["speed"] = _speeds(bundle, texts)
+            pytorch = np.array(result["speed"].pop("labels_of_pytorch"))
+            result["PyTorch fp16"] = {
+                "macro_f1": score(truth, pytorch, len(classifier.labels)).macro_f1,
+                "same_label_as_fp32": float((pytorch == labels["fp32"]).mean()),
+            }
+            result["profile"] = {
+                name: profile(bundle / FILES[name], "CUDAExecutionProvider")
+                for name in ("fp16", "int8, CUDA")
+            }
     gpu = f"_{result['gpu'].replace(' ', '_')}" if on_gpu else ""
     (RESULTS / f"cuda{gpu}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     click.echo(json.dumps(result, indent=2))
