@@ -65,8 +65,8 @@ class Milliseconds(click.ParamType):
 @click.option(
     "--vocabulary",
     type=click.IntRange(min=0),
-    help="Keep this many of the most frequent tokens of what the student learns on, 0 for all of them, and "
-    "what spells the rest [the checkpoint's].",
+    help="Keep this many tokens: the most frequent of what the student learns on, then the checkpoint's "
+    "first, and what spells the rest; 0 for all that occur [the checkpoint's].",
 )
 @click.option("--unlabeled", help="File, folder or address with more texts, which only the teacher labels.")
 @click.option(

@@ -9,13 +9,15 @@ are all kept is tokenized as before, so the same rows of the table are read and 
 - A unigram model takes the most probable segmentation; the same one is it among fewer.
 
 Every piece of one character is kept too, so a word that needs a piece that is gone is spelt in smaller ones,
-and one that was not unknown before is not unknown now.
+and one that was not unknown before is not unknown now. Such a text is read less well, so where there is room
+for more tokens than the corpus has, those that stand first in the tokenizer's vocabulary are kept too: it is
+in order of frequency.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,8 +42,9 @@ def trim_vocabulary(
         model: a sequence classifier.
         tokenizer: its fast tokenizer.
         texts: the corpus, never validation or test text.
-        size: how many tokens to keep, all that occur when left out. Special tokens, pieces of one character
-            and what BPE merges kept tokens from come on top.
+        size: how many tokens to keep: the most frequent ones, then those that stand first in the tokenizer's
+            vocabulary; all that occur when left out. Special tokens, pieces of one character and what BPE
+            merges kept tokens from come on top.
 
     Returns:
         The trimmed tokenizer.
@@ -53,7 +56,9 @@ def trim_vocabulary(
         raise DistillError("--vocabulary: this checkpoint has no fast tokenizer; leave it out")
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     counts = _counts(tokenizer, texts)
-    seen = {index for index, _ in sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:size]}
+    ranked = sorted(counts, key=lambda index: (-counts[index], index))
+    others = (index for index in _in_order(content) if index not in counts)
+    seen = set(ranked if size is None else islice(chain(ranked, others), size))
     kept = sorted(seen | _needed(content, seen) | _special(tokenizer, content, model))
     place = {old: new for new, old in enumerate(kept)}
     _trim_embeddings(model, kept, place)
@@ -81,6 +86,11 @@ def _vocabulary(content: dict[str, Any]) -> dict[str, int]:
     if kind == "Unigram":
         return {piece: index for index, (piece, _) in enumerate(vocabulary)}
     raise DistillError(f"--vocabulary: a tokenizer of kind {kind} cannot be trimmed; leave it out")
+
+
+def _in_order(content: dict[str, Any]) -> list[int]:
+    """Ids of the pieces, without those that BERT leaves unused."""
+    return sorted(index for piece, index in _vocabulary(content).items() if not piece.startswith("[unused"))
 
 
 def _merges(content: dict[str, Any]) -> list[tuple[str, str]]:

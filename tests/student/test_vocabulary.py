@@ -1,7 +1,7 @@
 import pytest
 import torch
 from conftest import make_rows, train_tokenizer
-from distill.student.vocabulary import trim_vocabulary
+from distill.student.vocabulary import _in_order, trim_vocabulary
 from tokenizers import Tokenizer, models, processors
 from transformers import (
     BertConfig,
@@ -86,6 +86,22 @@ def test_what_could_be_spelt_before_can_be_spelt_now(tokenizer):
     assert len(trim_vocabulary(_model(tokenizer), tokenizer, CORPUS, 5)) < len(
         trim_vocabulary(_model(tokenizer), tokenizer, CORPUS)
     )
+
+
+def test_room_that_the_corpus_leaves_goes_to_the_first_of_the_vocabulary(tokenizer):
+    corpus, ids = CORPUS[:3], tokenizer.get_vocab()
+    used = {token for text in corpus for token in tokenizer.tokenize(text, add_special_tokens=True)}
+    first = sorted(ids.keys() - used, key=ids.__getitem__)[:12]
+    more = trim_vocabulary(_model(tokenizer), tokenizer, corpus, len(used) + 12).get_vocab()
+    assert more.keys() >= used | set(first)
+    assert len(more) < len(ids)
+    whole = trim_vocabulary(_model(tokenizer), tokenizer, corpus, len(ids))
+    assert whole.get_vocab() == ids
+
+
+def test_pieces_that_bert_leaves_unused_take_no_room():
+    content = {"model": {"type": "WordPiece", "vocab": {"[PAD]": 0, "[unused0]": 1, "b": 3, "a": 2}}}
+    assert _in_order(content) == [0, 2, 3]
 
 
 def test_special_tokens_keep_their_places_and_survive_saving(tokenizer, tmp_path):
