@@ -194,8 +194,9 @@ def show_stage(manifest: "Manifest", output: Path, as_json: bool) -> None:
         figures = ", ".join(f"{name.replace('_', '-')} {value:.4f}" for name, value in metrics.items())
         click.echo(f"{split}: {figures}")
     if files := manifest.details.get("files"):
-        sizes = {name: (output / file).stat().st_size / 1e6 for name, file in files.items()}
-        made = "; ".join(f"{name}: {file}, {sizes[name]:.1f} MB" for name, file in files.items())
+        made = "; ".join(
+            f"{name}: {file}, {(output / file).stat().st_size / 1e6:.1f} MB" for name, file in files.items()
+        )
     else:
         made = f"on {manifest.device}, {manifest.precision}"
     click.echo(f"{output}: {manifest.parameters:,} parameters, {manifest.wall_seconds:.0f} s; {made}")

@@ -7,7 +7,7 @@ import pytest
 from distill.export.bundle import ExportOptions
 
 from distill import Classifier, DistillError, export_student
-from distill.bundle import open_bundle, seal_manifest
+from distill.bundle import seal_manifest
 
 TEXTS = ["a lovely phone", "awful", "it arrived tuesday", ""]
 USED = ["distill.json", "tokenizer.json", "tokenizer_config.json", "onnx/model_quantized.onnx"]
@@ -144,9 +144,9 @@ def test_the_single_file_is_that_of_cuda_where_cuda_is_the_only_provider(chain, 
     export_student(options)
     place = tmp_path / "b" / "classifier.onnx"
     assert onnx.load(place).graph == onnx.load(tmp_path / "b/onnx/model_fp16.onnx").graph
-    assert Classifier(open_bundle(place), provider="auto", file="onnx/model_fp16.onnx").provider == "cpu"
+    assert Classifier(place, provider="cpu", file="onnx/model_fp16.onnx").predict(TEXTS)
     with pytest.raises(DistillError, match="'cpu': .* holds no file for it; .*--provider cpu` wrote"):
-        Classifier(place)
+        Classifier(place, provider="cpu")
 
 
 def test_a_file_that_the_single_file_lacks_is_refused(single):
