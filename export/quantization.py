@@ -189,43 +189,52 @@ class Trial:
 def choose(
     candidates: Mapping[Setting, Path],
     latencies: Mapping[Setting, float],
-    scores_of: Callable[[Path], tuple[float, float]],
+    difference_of: Callable[[Path], float],
+    macro_f1_of: Callable[[Path], float],
     reference: float,
     max_drop: float,
 ) -> tuple[Setting, list[Trial]]:
     """Keep the setting nearest to fp32 of those that hold `max_drop` and are about as fast as the fastest.
 
+    Those about as fast as each other are scored from the nearest to fp32 on, until one holds; only if none
+    does, those that are slower.
+
     Args:
         candidates: setting -> quantized file.
         latencies: of each, in milliseconds.
-        scores_of: a file's macro-F1 on validation, 0 to 1, and its mean difference from the fp32 logits.
+        difference_of: a file's mean difference from the fp32 logits.
+        macro_f1_of: a file's macro-F1 on validation, 0 to 1.
         reference: macro-F1 of the fp32 graph on validation, 0 to 1.
         max_drop: in points of macro-F1 (hundredths).
 
     Returns:
-        The chosen setting and every trial, fastest first. Those too slow to be chosen are not scored.
+        The chosen setting and every trial, fastest first, with what was found out about it.
 
     Raises:
         DistillError: if no setting keeps accuracy; it says how far the best one falls short.
     """
-    trials = []
-    held: list[Trial] = []
-    for setting in sorted(candidates, key=latencies.__getitem__):
-        trial = Trial(setting, latencies[setting], size=candidates[setting].stat().st_size)
-        if not held or trial.latency_ms <= held[0].latency_ms * ABOUT_AS_FAST:
-            macro_f1, difference = scores_of(candidates[setting])
-            trial = replace(trial, macro_f1=macro_f1, mean_logit_difference=difference)
-            drop = 100 * (reference - macro_f1)
-            logger.info("INT8 (%s): %.2f ms, macro-F1 %.4f (%+.2f points), logits off by %.3f on average",
-                        setting, trial.latency_ms, macro_f1, -drop, difference)  # fmt: skip
-            if drop <= max_drop:
-                held.append(trial)
-        trials.append(trial)
-    if not held:
-        best = max(trial.macro_f1 or 0.0 for trial in trials)
-        raise DistillError(
-            f"--max-drop {max_drop:g}: no INT8 setting of {len(trials)} keeps it; the best loses "
-            f"{100 * (reference - best):.2f} points of validation macro-F1 ({reference:.4f} to {best:.4f}); "
-            "allow that much, or train the student longer"
-        )
-    return min(held, key=lambda trial: trial.mean_logit_difference or 0.0).setting, trials
+    order = sorted(candidates, key=latencies.__getitem__)
+    trials = {name: Trial(name, latencies[name], size=candidates[name].stat().st_size) for name in order}
+    left = list(order)
+    while left:
+        equals = [name for name in left if latencies[name] <= latencies[left[0]] * ABOUT_AS_FAST]
+        differences = {name: difference_of(candidates[name]) for name in equals}
+        for name, difference in differences.items():
+            trials[name] = replace(trials[name], mean_logit_difference=difference)
+            logger.info(
+                "INT8 (%s): %.2f ms, logits off by %.3f on average", name, latencies[name], difference
+            )
+        for name in sorted(equals, key=differences.__getitem__):
+            macro_f1 = macro_f1_of(candidates[name])
+            trials[name] = replace(trials[name], macro_f1=macro_f1)
+            points = 100 * (macro_f1 - reference)
+            logger.info("INT8 (%s): macro-F1 %.4f (%+.2f points)", name, macro_f1, points)
+            if points >= -max_drop:
+                return name, list(trials.values())
+        left = left[len(equals) :]
+    best = max(trial.macro_f1 or 0.0 for trial in trials.values())
+    raise DistillError(
+        f"--max-drop {max_drop:g}: no INT8 setting of {len(trials)} keeps it; the best loses "
+        f"{100 * (reference - best):.2f} points of validation macro-F1 ({reference:.4f} to {best:.4f}); "
+        "allow that much, or train the student longer"
+    )

@@ -67,6 +67,19 @@ def test_an_export_that_loses_too_much_fails_and_leaves_nothing(chain, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_the_slower_order_of_fusion_and_quantization_one_setting_alone_is_made(
+    chain, tmp_path, monkeypatch
+):
+    def times(self, files, provider="cpu"):
+        return {setting: 1.0 if setting.fused else 1.2 for setting in files}
+
+    monkeypatch.setattr(Draft, "latency", times)
+    options = ExportOptions(student=chain.student, output=tmp_path / "b", int8=True, max_drop=100.0)
+    trials = export_student(options).details["int8"]["trials"]
+    assert [trial["setting"]["fused"] for trial in trials if "latency_ms" in trial].count(False) == 1
+    assert sum(trial["setting"]["fused"] for trial in trials) >= 4
+
+
 @pytest.mark.parametrize("step", ["export_fp32", "write_int8", "write_predictions"])
 def test_an_interrupted_export_leaves_nothing(chain, tmp_path, monkeypatch, step):
     def interrupt(*args, **kwargs):

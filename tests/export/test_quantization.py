@@ -25,21 +25,23 @@ def candidates(tmp_path):
 
 
 def _choose(candidates, scores, max_drop=1.0, reference=0.80):
+    settings = {path: setting for setting, path in candidates.items()}
     asked = []
 
-    def scores_of(path: Path) -> tuple[float, float]:
-        setting = next(s for s, p in candidates.items() if p == path)
-        asked.append(setting)
-        return scores[setting], DIFFERENCE[setting]
+    def macro_f1_of(path: Path) -> float:
+        asked.append(settings[path])
+        return scores[settings[path]]
 
-    chosen, trials = choose(candidates, LATENCY, scores_of, reference, max_drop)
+    chosen, trials = choose(
+        candidates, LATENCY, lambda path: DIFFERENCE[settings[path]], macro_f1_of, reference, max_drop
+    )
     return chosen, trials, asked
 
 
 def test_the_fastest_setting_within_the_margin_is_kept_and_slower_ones_are_not_scored(candidates):
     chosen, trials, asked = _choose(candidates, {FAST: 0.70, NEAR: 0.70, MIDDLE: 0.795, SLOW: 0.80})
     assert chosen == MIDDLE
-    assert asked == [FAST, NEAR, MIDDLE]
+    assert asked == [NEAR, FAST, MIDDLE]
     assert [trial.setting for trial in trials] == [FAST, NEAR, MIDDLE, SLOW]
     assert trials[3].macro_f1 is None
 
@@ -47,12 +49,19 @@ def test_the_fastest_setting_within_the_margin_is_kept_and_slower_ones_are_not_s
 def test_of_settings_about_as_fast_the_one_nearest_to_fp32_is_kept(candidates):
     chosen, trials, asked = _choose(candidates, {FAST: 0.80, NEAR: 0.795})
     assert chosen == NEAR
-    assert asked == [FAST, NEAR]
+    assert asked == [NEAR]
     assert [trial.mean_logit_difference for trial in trials] == [0.08, 0.02, None, None]
+
+
+def test_the_nearest_to_fp32_is_not_kept_where_it_loses_too_much(candidates):
+    chosen, _, asked = _choose(candidates, {FAST: 0.795, NEAR: 0.70})
+    assert chosen == FAST
+    assert asked == [NEAR, FAST]
 
 
 def test_a_better_score_than_the_reference_is_no_drop(candidates):
     assert _choose(candidates, {FAST: 0.85, NEAR: 0.79}, max_drop=0.0)[0] == FAST
+    assert _choose(candidates, {FAST: 0.80, NEAR: 0.85}, max_drop=0.0)[0] == NEAR
 
 
 def test_when_no_setting_holds_the_error_says_by_how_much(candidates):
