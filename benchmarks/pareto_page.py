@@ -17,8 +17,6 @@ def _label(name: str) -> str:
     if not rest:
         return name
     depth = "1 layer" if layers == "1" else f"{layers} layers"
-    if "narrow" in rest:
-        depth += " with a quarter of the neurons"
     return f"{depth} without a teacher, INT8" if "alone" in rest else f"student of {depth}, INT8"
 
 
@@ -45,7 +43,8 @@ def table(name: str, result: dict[str, Any]) -> str:
         f"## {name}",
         "",
         f"{result['classes']} classes; {result['rows']['train']:,} texts for training, "
-        f"{result['rows']['test']:,} for the test; {result['cpu']}.",
+        f"{result['rows']['test']:,} for the test; {result['cpu']}. Students: `distill train-student "
+        f"{result['recipe']}`; without a teacher: `distill train-student {result['recipe_alone']}`.",
         "",
         "| version | macro-F1 | before INT8 | kept | ms | times as fast | MB |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -92,10 +91,8 @@ def main() -> None:
     }
     if not results:
         raise SystemExit(f"{RESULTS}: no results yet; run pareto.py first")
-    page = ["# Quality against latency and size", "", "Written by `python benchmarks/pareto_page.py`.", ""]
-    first = next(iter(results.values()))
-    page += [f"Recipe of the students: `distill train-student {first['recipe']}`; without a teacher:"]
-    page += [f"`distill train-student {first['recipe_alone']}`. Intervals are over test texts and seeds.", ""]
+    page = ["# Quality against latency and size", ""]
+    page += ["Written by `python benchmarks/pareto_page.py`. Intervals are over test texts and seeds.", ""]
     page += [table(name, result) for name, result in results.items()]
     page += ["![macro-F1 against latency](pareto.svg)", ""]
     (RESULTS / "README.md").write_text("\n".join(page), encoding="utf-8")
