@@ -15,7 +15,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,9 +25,8 @@ import click
 import numpy as np
 import torch
 from datasets import Dataset
-from distill.student.architecture import cut_positions, keep_layers
+from distill.student.architecture import keep_layers
 from distill.student.losses import distillation_loss
-from distill.student.vocabulary import trim_vocabulary
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from distill import training
@@ -38,6 +38,7 @@ from distill.latency import cpu_name
 from distill.models import load_model, load_tokenizer
 from distill.trainer import BEYOND_THE_MODEL, Collator, LossTrainer, tokenize
 from distill.training import fit
+from distill.used_tokens import used_tokens_only
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RATE = 3e-4
@@ -58,13 +59,9 @@ def with_defaults(model: Any, tokenizer: Any, train: Dataset) -> None:
         Trainer(model, arguments, collator, rows).train()
 
 
-def with_all_tokens(model: Any, tokenizer: Any, train: Dataset, batch_size: int) -> None:
-    """As `distill train-student` would, if the last layer computed all tokens."""
-
-    def nothing(model: Any) -> AbstractContextManager[bool]:
-        return nullcontext(False)
-
-    with mock.patch.object(training, "first_token_only", nothing):
+def without(shortcut: str, model: Any, tokenizer: Any, train: Dataset, batch_size: int) -> None:
+    """As `distill train-student` would without one of its shortcuts, named by its function."""
+    with mock.patch.object(training, shortcut, lambda *_: nullcontext()):
         from_kept_labels(model, tokenizer, train, batch_size)
 
 
@@ -97,14 +94,18 @@ def with_teacher_in_step(
 
     Without the evaluation and the saving at an epoch's end, which the others have.
     """
-    collate = Collator(tokenizer)
 
     def both(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         theirs = [{"input_ids": row["teacher_input_ids"]} for row in rows]
         padded = teacher_tokenizer.pad(theirs, return_tensors="pt")
         return {**collate(rows), **{f"teacher_{name}": value for name, value in padded.items()}}
 
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        first_token_only(model),
+        used_tokens_only(model, tokenizer, train) as new_ids,
+    ):
+        collate = Collator(tokenizer, new_ids)
         arguments = TrainingArguments(
             folder, num_train_epochs=1, per_device_train_batch_size=batch_size, learning_rate=RATE,
             group_by_length=True, remove_unused_columns=False, save_strategy="no", report_to=[],
@@ -114,8 +115,7 @@ def with_teacher_in_step(
         rows = train.remove_columns("teacher_logits")
         both_trainer = BothTrainer(model, arguments, both, rows, processing_class=tokenizer, loss=_loss)
         both_trainer.teacher = teacher
-        with first_token_only(model):
-            both_trainer.train()
+        both_trainer.train()
 
 
 @click.command()
@@ -137,43 +137,27 @@ def main(
     theirs = teacher_tokenizer(texts_of(split), truncation=True)["input_ids"]
     rng = np.random.default_rng(0)
 
-    def prepared(tokenizer: Any) -> Dataset:
-        logits = rng.normal(size=(texts, len(classes))).astype(np.float32)
-        return (
-            tokenize(split, tokenizer)
-            .add_column("teacher_logits", list(logits))
-            .add_column("teacher_input_ids", theirs)
-        )
-
-    def whole() -> tuple[Any, Any]:
-        model = load_model(student, classes)
-        return keep_layers(model, layers), tokenizer
-
-    def trimmed() -> tuple[Any, Any]:
-        model, _ = whole()
-        model = cut_positions(model, 256)
-        return model, trim_vocabulary(model, load_tokenizer(student, 256), texts_of(split), None)
-
-    epoch: dict[str, tuple[Callable[[], tuple[Any, Any]], Callable[..., None], tuple[Any, ...]]] = {
-        "Trainer, defaults": (whole, with_defaults, ()),
-        "distill": (whole, from_kept_labels, (batch_size,)),
-        "distill, all tokens in the last layer": (whole, with_all_tokens, (batch_size,)),
-        "distill, vocabulary of the training text": (trimmed, from_kept_labels, (batch_size,)),
-        "the same, teacher in every step": (
-            trimmed,
+    logits = rng.normal(size=(texts, len(classes))).astype(np.float32)
+    prepared = tokenize(split, tokenizer).add_column("teacher_logits", list(logits))
+    prepared = prepared.add_column("teacher_input_ids", theirs)
+    epoch: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
+        "Trainer, defaults": (with_defaults, ()),
+        "distill": (from_kept_labels, (batch_size,)),
+        "distill, all tokens in the last layer": (partial(without, "first_token_only"), (batch_size,)),
+        "distill, all rows of the embeddings": (partial(without, "used_tokens_only"), (batch_size,)),
+        "distill, teacher in every step": (
             with_teacher_in_step,
             (batch_size, teacher_model, teacher_tokenizer),
         ),
     }
     rates: dict[str, list[float]] = {name: [] for name in epoch}
     for _ in range(rounds):
-        for name, (build, train, arguments) in epoch.items():
-            model, own = build()
-            rows = prepared(own)
+        for name, (train, arguments) in epoch.items():
+            model, rows = keep_layers(load_model(student, classes), layers), prepared
             if train in (with_defaults, with_teacher_in_step):
                 rows = rows.select(range(texts // 4))
             started = time.monotonic()
-            train(model, own, rows, *arguments)
+            train(model, tokenizer, rows, *arguments)
             rates[name].append(float(np.sum(rows["length"])) / (time.monotonic() - started))
             click.echo(f"{name}: {rates[name][-1]:.0f} tokens/s")
     median = {name: statistics.median(values) for name, values in rates.items()}
@@ -189,8 +173,7 @@ def main(
         "tokens_per_second": {name: round(value) for name, value in median.items()},
         "spread": {name: [round(min(values)), round(max(values))] for name, values in rates.items()},
         "over_trainer": {name: value / median["Trainer, defaults"] for name, value in median.items()},
-        "over_teacher_in_step": median["distill, vocabulary of the training text"]
-        / median["the same, teacher in every step"],
+        "over_teacher_in_step": median["distill"] / median["distill, teacher in every step"],
     }
     text = json.dumps(result, indent=2)
     (RESULTS / "training.json").write_text(text + "\n", encoding="utf-8")

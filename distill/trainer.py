@@ -70,10 +70,15 @@ def tokenize(dataset: Dataset, tokenizer: Any, file: Path | None = None) -> Data
 
 
 class Collator:
-    """Pad a batch to its longest text; labels and teacher logits become tensors as they are."""
+    """Pad a batch to its longest text; labels and teacher logits become tensors as they are.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    Args:
+        tokenizer: pads.
+        new_ids: of every token, where the model has others than the tokenizer, shape (vocabulary,).
+    """
+
+    def __init__(self, tokenizer: Any, new_ids: torch.Tensor | None = None) -> None:
+        self.tokenizer, self.new_ids = tokenizer, new_ids
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows as `tokenize` leaves them."""
@@ -81,6 +86,8 @@ class Collator:
             {name: row[name] for name in self.tokenizer.model_input_names if name in row} for row in rows
         ]
         batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
+        if self.new_ids is not None:
+            batch["input_ids"] = self.new_ids[batch["input_ids"]]
         batch["labels"] = torch.tensor([row["label"] for row in rows])
         if "teacher_logits" in rows[0]:
             batch["teacher_logits"] = torch.tensor(

@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from distill.models import batched_logits
 from distill.predictions import labels_array
 from distill.sharding import prepare_sharding, sharded, whole
 from distill.trainer import BEYOND_THE_MODEL, Collator, LossTrainer, tokenize
+from distill.used_tokens import used_tokens_only
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def fit(
             train_dataset=train,
             eval_dataset=validation,
             processing_class=tokenizer,
-            data_collator=Collator(tokenizer),
+            data_collator=collate,
             compute_metrics=_scorer(classes, in_windows),
             callbacks=[progress, SaveInTime(), Watch(), EarlyStoppingCallback(options.patience)],
             loss=loss,
@@ -131,9 +132,8 @@ def fit(
     logger.info("%s: %d %s on %s in %s", title, len(train), rows, device, precision)
     long = _tell_long(train, tokenizer, title)
     kind = type(model)
-    shortened = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with nullcontext() if sharded() else first_token_only(shortened):
-        cut = processes.once(lambda: _cut(model, tokenizer, train, options, device, precision, title))
+    with _unread_left_out(model, tokenizer, train, validation) as collate:
+        cut = processes.once(lambda: _cut(model, collate, train, options, device, precision, title))
         # What an attempt that ran out of memory has changed is put back.
         start = _trained_weights(model) if device in KEEPING_START and processes.count() == 1 else {}
         while (trainer := attempt(cut, resume_from)) is None:
@@ -147,6 +147,17 @@ def fit(
     del trainer
     release()
     return Trained(trained, device, precision, best, cut, long)
+
+
+@contextmanager
+def _unread_left_out(model: Any, tokenizer: Any, *texts: Dataset) -> Iterator[Collator]:
+    """Within it, a model computes no tokens and has no embeddings that nobody reads; gives its collator."""
+    if sharded():
+        yield Collator(tokenizer)
+        return
+    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with first_token_only(classifier), used_tokens_only(model, tokenizer, *texts) as new_ids:
+        yield Collator(tokenizer, new_ids)
 
 
 def _scorer(classes: int, in_windows: bool) -> Callable[[Any], dict[str, float]]:
@@ -192,7 +203,7 @@ def _trained_weights(model: Any) -> dict[str, torch.Tensor]:
 
 def _cut(
     model: Any,
-    tokenizer: Any,
+    collate: Collator,
     train: Dataset,
     options: TrainingOptions,
     device: str,
@@ -208,7 +219,7 @@ def _cut(
 
     def batch(texts: int) -> dict[str, torch.Tensor]:
         rows = [train[int(longest[index % len(longest)])] for index in range(texts)]
-        inputs = Collator(tokenizer)(rows)
+        inputs = collate(rows)
         return {name: value for name, value in inputs.items() if name not in BEYOND_THE_MODEL}
 
     # An optimizer's state is of its kind, so a resumed run keeps it, whatever is free by then.

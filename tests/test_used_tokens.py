@@ -1,0 +1,152 @@
+"""The embedding table trains the rows that the texts read, and nothing else changes."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_configs, make_rows, make_tokenizer
+from datasets import Dataset
+from distill.teacher.training import TeacherOptions, train_teacher
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+
+from distill import training
+from distill.trainer import Collator, tokenize
+from distill.used_tokens import used_tokens_only
+
+ROWS = 400  # of the tables here; the tokenizer has some sixty
+
+
+def _model(config, **settings):
+    torch.manual_seed(0)
+    config.update({"vocab_size": ROWS, "pad_token_id": 0, **settings})
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def _tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+def _texts(count=8):
+    texts = [text for text, _ in make_rows(count)]
+    rows = {"id": [str(row) for row in range(count)], "text": [*texts[:-1], "good"], "label": [0] * count}
+    return tokenize(Dataset.from_dict(rows), _tokenizer())
+
+
+def _step(model, batch):
+    """Logits, and the weights after a step of AdamW without decay."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
+    labels = batch.pop("labels")
+    logits = model(**batch).logits
+    F.cross_entropy(logits, labels).backward()
+    optimizer.step()
+    return logits.detach()
+
+
+@pytest.mark.parametrize("family", make_configs(2))
+def test_logits_and_trained_weights_are_those_of_the_whole_table(family):
+    texts, tokenizer = _texts(), _tokenizer()
+    one, other = (_model(make_configs(2)[family]) for _ in range(2))
+    expected = _step(one, Collator(tokenizer)(list(texts)))
+    table = other.get_input_embeddings()
+    with used_tokens_only(other, tokenizer, texts) as new_ids:
+        assert len(table.weight) == table.num_embeddings < 70
+        used = sorted({token for row in texts["input_ids"] for token in row})
+        assert set(np.flatnonzero(new_ids >= 0)) == {0, *range(other.config.eos_token_id or 0), *used}
+        found = _step(other, Collator(tokenizer, new_ids)(list(texts)))
+    torch.testing.assert_close(found, expected)
+    assert table.num_embeddings == len(table.weight) == ROWS
+    for (name, weight), trained in zip(other.named_parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(weight, trained, msg=name, atol=1e-6, rtol=1e-4)
+
+
+def _shared():
+    model = _model(make_configs(1)["bert"])
+    model.again = torch.nn.Linear(32, ROWS, bias=False)
+    model.again.weight = model.get_input_embeddings().weight
+    return model
+
+
+def _frozen():
+    model = _model(make_configs(1)["bert"])
+    model.get_input_embeddings().weight.requires_grad_(False)
+    return model
+
+
+def _reads_an_id():
+    model = _model(make_configs(1)["bert"])
+    inside = model.forward
+    model.forward = lambda input_ids, **named: inside(input_ids=input_ids, **named) if (
+        input_ids == 300
+    ).any() else inside(input_ids=torch.ones_like(input_ids), **named)  # fmt: skip
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _shared,
+        _frozen,
+        lambda: _model(make_configs(1)["bert"], vocab_size=len(_tokenizer())),
+        lambda: _model(LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                   intermediate_size=48), pad_token_id=ROWS - 1),
+    ],
+    ids=["shared", "frozen", "nearly all used", "padding at the end"],
+)  # fmt: skip
+def test_other_tables_are_left_as_they_are(make):
+    model = make()
+    table = model.get_input_embeddings()
+    weight = table.weight
+    with used_tokens_only(model, _tokenizer(), _texts(200)) as new_ids:
+        assert new_ids is None
+        assert table.weight is weight
+
+
+def test_a_model_that_looks_for_an_id_of_its_own_is_left_as_it_is():
+    texts = _texts()
+    texts = texts.map(lambda row: {"input_ids": [*row["input_ids"][:-1], 300]})
+    model = _reads_an_id()
+    table = model.get_input_embeddings()
+    before = table.weight.detach().clone()
+    with used_tokens_only(model, _tokenizer(), texts) as new_ids:
+        assert new_ids is None
+    torch.testing.assert_close(table.weight.detach(), before, atol=0, rtol=0)
+
+
+def test_the_table_is_whole_after_an_error():
+    model = _model(make_configs(1)["bert"])
+    with pytest.raises(KeyboardInterrupt), used_tokens_only(model, _tokenizer(), _texts()):
+        raise KeyboardInterrupt
+    assert len(model.get_input_embeddings().weight) == ROWS
+
+
+def test_a_training_ends_with_the_weights_that_it_had_without(tmp_path, data_file, checkpoint, monkeypatch):
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model.resize_token_embeddings(ROWS, mean_resizing=False)
+    model.save_pretrained(tmp_path / "large")
+    tokenizer.save_pretrained(tmp_path / "large")
+    seen = []
+
+    def spy(*arguments, **named):
+        seen.append(arguments[0])
+        return shortcut(*arguments, **named)
+
+    shortcut = training.used_tokens_only
+    options = {"data": str(data_file), "model": str(tmp_path / "large"), "epochs": 2, "weight_decay": 0.0}
+    for name, how in (("short", spy), ("whole", lambda *_: nullcontext())):
+        monkeypatch.setattr(training, "used_tokens_only", how)
+        train_teacher(TeacherOptions(output=tmp_path / name, precision="fp32", dropout=0.0, **options))
+    assert len(seen) == 1
+    short, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("short", "whole"))
+    start = model.get_input_embeddings().weight.detach()
+    table = short["bert.embeddings.word_embeddings.weight"]
+    assert table.shape == start.shape
+    assert not torch.equal(table[:60], start[:60])
+    torch.testing.assert_close(table[100:], start[100:], atol=0, rtol=0)
+    for name, weight in short.items():
+        torch.testing.assert_close(weight, whole[name], atol=1e-5, rtol=1e-4)
