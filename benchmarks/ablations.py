@@ -2,9 +2,10 @@
 
 Losses that were tried and are not in the package stand here, so that their rows can be repeated. One teacher;
 students of two layers (but for one row), all with the same number of steps, scored on the validation split,
-which is where the recipe and every student's best epoch were chosen: macro-F1, and KL divergence from what
-the recipe's students learn from, which tells two of them apart where macro-F1 of a thousand texts cannot. A
-student that is there already is not trained again. Prints a table and keeps results/ablations/SET.json.
+which is where the recipe and every student's best epoch were chosen: macro-F1, negative log-likelihood of
+the labels, and KL divergence from what the recipe's students learn from. The latter two tell students apart
+where macro-F1 of a thousand texts cannot. A student that is there already is not trained again. Prints a
+table and keeps results/ablations/SET.json.
 
 Usage: python benchmarks/ablations.py DATA --teacher all-mpnet-base-v2 --student all-MiniLM-L6-v2
 
@@ -30,12 +31,14 @@ from distill.student import training
 from distill.student.losses import UNLABELED
 from distill.student.training import StudentOptions
 from distill.teacher.training import TeacherOptions
-from scipy.special import log_softmax
+from numpy.typing import NDArray
+from scipy.special import log_softmax, softmax
 from torch import Tensor
 from torch.nn import functional as F
 
 from distill import augmentation, train_student, train_teacher
 from distill.artifact import read_manifest
+from distill.calibration import fit_temperature, nll
 from distill.latency import cpu_name
 from distill.predictions import read_predictions
 
@@ -43,6 +46,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "ablations"
 SETS = ("banking77", "sst2_sentences")
 SEEDS = (1, 2, 3)
 BUDGET, EPOCHS = 2, 3  # texts made for each training text; passes over them all
+MEASURES = ("macro_f1", "log_loss", "divergence")
 BESIDE = 2  # students that train at the same time: a small one keeps few cores busy
 
 
@@ -89,6 +93,25 @@ def _without(kind: Callable[..., Any]) -> Callable[[], AbstractContextManager[An
     return partial(mock.patch.object, augmentation, "AUGMENTATIONS", rest)
 
 
+SECOND = Path("runs/teacher_2")
+
+
+def _two_teachers() -> AbstractContextManager[Any]:
+    """The mean of two teachers' probabilities: Hinton, Vinyals and Dean (2015), arXiv 1503.02531."""
+
+    def both(teacher: Path, _: Any, texts: Any, *how: Any) -> NDArray[np.float32]:
+        found, temperatures = [], []
+        for folder in (teacher, SECOND):
+            manifest, known = read_manifest(folder, "train-teacher"), read_predictions(folder, "validation")
+            temperatures.append(fit_temperature(known["teacher"].logits, known["teacher"].labels))
+            found.append(softmax(one_teacher(folder, manifest, texts, *how) / temperatures[-1], axis=1))
+        # The caller divides by the first one's temperature.
+        return np.asarray(temperatures[0] * np.log(np.mean(found, axis=0)), dtype=np.float32)
+
+    one_teacher = training.teacher_logits
+    return mock.patch.object(training, "teacher_logits", both)
+
+
 # What is changed in the recipe, and what in the code for the time of the training.
 VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[Any]]]] = {
     "recipe": ({}, nullcontext),
@@ -106,16 +129,23 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
     "no hard labels": ({"alpha": 1.0}, nullcontext),
     "no dropout": ({"dropout": 0.0}, nullcontext),
     "the whole vocabulary": ({"vocabulary": None}, nullcontext),
+    "two teachers": ({}, _two_teachers),
     "three layers of 384 neurons": ({"layers": 3, "intermediate_size": 384}, nullcontext),
 }
 
 
 def run(
     data: Path, teacher: str, student: str, only: tuple[str, ...] = ()
-) -> dict[str, list[tuple[float, float]]]:
-    """Train whatever is not there yet; validation macro-F1 and KL divergence of every variant and seed."""
+) -> dict[str, list[tuple[float, ...]]]:
+    """Train whatever is not there yet; the `MEASURES` of every variant and seed."""
     if not Path("runs/teacher").is_dir():
         train_teacher(TeacherOptions(output=Path("runs/teacher"), data=str(data), model=teacher, resume=True))
+    if not SECOND.is_dir() and (not only or "two teachers" in only):
+        # In other batches; another seed would also be another split.
+        first = read_manifest(Path("runs/teacher"), "train-teacher").options
+        same = {name: first[name] for name in ("model", "epochs", "learning_rate")}
+        half = first["batch_size"] // 2
+        train_teacher(TeacherOptions(output=SECOND, data=str(data), batch_size=half, resume=True, **same))
     wanted = {
         (name, seed): _options(student, (name, seed))
         for name in VARIANTS
@@ -129,13 +159,11 @@ def run(
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // BESIDE))
     with ProcessPoolExecutor(BESIDE, get_context("spawn")) as pool:
         list(pool.map(partial(_train, student), missing[1:]))
-    scores: dict[str, list[tuple[float, float]]] = {}
+    scores: dict[str, list[tuple[float, ...]]] = {}
     recipe = read_manifest(wanted["recipe", SEEDS[0]].output, "train-student")
     temperature = recipe.details["teacher_temperature"]
     for (name, _), options in wanted.items():
-        manifest = read_manifest(options.output, "train-student")
-        found = (manifest.metrics["validation"]["macro_f1"], _divergence(options.output, temperature))
-        scores.setdefault(name, []).append(found)
+        scores.setdefault(name, []).append(_measured(options.output, temperature))
     return scores
 
 
@@ -157,14 +185,19 @@ def _train(student: str, one: tuple[str, int]) -> None:
         train_student(replace(options, overwrite=options.output.is_dir()))
 
 
-def _divergence(student: Path, temperature: float) -> float:
-    """Mean KL(teacher || student) over validation text, in nats; the teacher's logits over a temperature."""
-    sides = ((Path("runs/teacher"), "teacher", temperature), (student, "student", 1.0))
-    teacher, learnt = (
-        log_softmax(read_predictions(folder, "validation")[name].logits / divisor, axis=1)
-        for folder, name, divisor in sides
+def _measured(student: Path, temperature: float) -> tuple[float, ...]:
+    """The `MEASURES` of a student over validation text, in nats but for the first.
+
+    The divergence is KL(teacher || student), of the teacher's logits over a temperature.
+    """
+    answers = read_predictions(student, "validation")["student"]
+    teacher = read_predictions(Path("runs/teacher"), "validation")["teacher"].logits
+    expected, found = log_softmax(teacher / temperature, axis=1), log_softmax(answers.logits, axis=1)
+    return (
+        read_manifest(student, "train-student").metrics["validation"]["macro_f1"],
+        nll(answers.logits, answers.labels),
+        float((np.exp(expected) * (expected - found)).sum(axis=1).mean()),
     )
-    return float((np.exp(teacher) * (teacher - learnt)).sum(axis=1).mean())
 
 
 def _is_done(wanted: StudentOptions) -> bool:
@@ -175,7 +208,7 @@ def _is_done(wanted: StudentOptions) -> bool:
     return all(str(before[name]) == str(getattr(wanted, name)) for name in before)
 
 
-def table(scores: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+def table(scores: dict[str, list[tuple[float, ...]]]) -> dict[str, Any]:
     """Mean and deviation, and the change from the recipe with its standard error over paired seeds."""
     rows = {}
     for name, values in scores.items():
@@ -189,12 +222,13 @@ def table(scores: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
                 "change": float(change.mean(axis=0)[place]),
                 "standard_error": float(error[place]),
             }
-            for place, measure in enumerate(("macro_f1", "divergence"))
+            for place, measure in enumerate(MEASURES)
         }
-        f1, kl = rows[name]["macro_f1"], rows[name]["divergence"]
+        f1, loss, kl = rows[name].values()
         click.echo(
             f"{name:30} {100 * f1['mean']:6.2f} ± {100 * f1['deviation']:.2f}   "
             f"{100 * f1['change']:+.2f} ± {100 * f1['standard_error']:.2f}   "
+            f"NLL {loss['mean']:.4f}   {loss['change']:+.4f} ± {loss['standard_error']:.4f}   "
             f"KL {kl['mean']:.4f}   {kl['change']:+.4f} ± {kl['standard_error']:.4f}"
         )
     return rows
