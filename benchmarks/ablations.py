@@ -4,20 +4,22 @@ Losses that were tried and are not in the package stand here, so that their rows
 students of two layers (but for one row), all with the same number of steps, scored on the validation split,
 which is where the recipe and every student's best epoch were chosen: macro-F1, negative log-likelihood of
 the labels, and KL divergence from what the recipe's students learn from. The latter two tell students apart
-where macro-F1 of a thousand texts cannot. A student that is there already is not trained again. Prints a
-table and keeps results/ablations/SET.json.
+where macro-F1 of a thousand texts cannot; what learns from others (two teachers) is not to be judged by the
+last. A student that is there already is not trained again. Prints a table and keeps it in
+results/ablations/SET.json.
 
 Usage: python benchmarks/ablations.py DATA --teacher all-mpnet-base-v2 --student all-MiniLM-L6-v2
 
 DATA holds a folder for every set, as for pareto.py, whose teacher is taken where it is already there.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,18 +30,20 @@ import click
 import numpy as np
 import torch
 from distill.student import training
-from distill.student.losses import UNLABELED
+from distill.student.losses import UNLABELED, distillation_loss
 from distill.student.training import StudentOptions
 from distill.teacher.training import TeacherOptions
 from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill import augmentation, train_student, train_teacher
 from distill.artifact import read_manifest
 from distill.calibration import fit_temperature, nll
+from distill.devices import choose_precision
 from distill.latency import cpu_name
+from distill.models import load_model, load_tokenizer
 from distill.predictions import read_predictions
 
 RESULTS = Path(__file__).resolve().parent / "results" / "ablations"
@@ -112,6 +116,59 @@ def _two_teachers() -> AbstractContextManager[Any]:
     return mock.patch.object(training, "teacher_logits", both)
 
 
+def _features(teacher: Path, manifest: Any, texts: Any) -> NDArray[np.float32]:
+    """What the teacher's last linear layer reads of every text, shape (n, width); kept in a file."""
+    key = hashlib.sha256("".join(texts["id"]).encode()).hexdigest()[:16]
+    file = Path("ablations", f"features_{key}.npy")
+    if file.is_file():
+        return np.asarray(np.load(file), dtype=np.float32)
+    model = load_model(str(teacher), manifest.labels)
+    head = model.classifier
+    if hasattr(head, "out_proj"):
+        model.config.num_labels, head.out_proj = head.out_proj.in_features, nn.Identity()
+    else:
+        model.config.num_labels, model.classifier = head.in_features, nn.Identity()
+    tokenizer = load_tokenizer(str(teacher), manifest.max_length)
+    found = training.predict_logits(model, tokenizer, texts, "cpu", choose_precision("cpu"))
+    np.save(file, found)
+    return found
+
+
+@contextmanager
+def _with_features() -> Iterator[None]:
+    """Beside the loss the cosine distance of what the last linear layers read, as PKD has it for all layers.
+
+    Sun et al. (2019), arXiv 1908.09355. A wider teacher's features are taken in their main directions.
+    """
+    student: dict[str, Any] = {}
+
+    def built(*given: Any) -> Any:
+        model, tokenizer = build(*given)
+        head = getattr(model.classifier, "out_proj", model.classifier)
+        head.register_forward_pre_hook(lambda _, inputs: student.update(features=inputs[0]))
+        student["width"] = head.in_features
+        return model, tokenizer
+
+    def labelled(teacher: Path, manifest: Any, texts: Any, *how: Any) -> NDArray[np.float32]:
+        found = _features(teacher, manifest, texts)
+        directions = np.linalg.eigh(found.T @ found)[1][:, -student["width"] :]
+        own = found if found.shape[1] <= student["width"] else found @ directions
+        return np.hstack([one_teacher(teacher, manifest, texts, *how), own])
+
+    def both(logits: Tensor, teacher: Tensor, *rest: Any) -> Tensor:
+        kept, expected = teacher.split([logits.shape[1], teacher.shape[1] - logits.shape[1]], dim=1)
+        distance = 1 - F.cosine_similarity(student["features"].float(), expected, dim=1).mean()
+        return distillation_loss(logits, kept, *rest) + distance
+
+    build, one_teacher = training._build, training.teacher_logits
+    with (
+        mock.patch.object(training, "_build", built),
+        mock.patch.object(training, "teacher_logits", labelled),
+        mock.patch.object(training, "distillation_loss", both),
+    ):
+        yield
+
+
 # What is changed in the recipe, and what in the code for the time of the training.
 VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[Any]]]] = {
     "recipe": ({}, nullcontext),
@@ -130,6 +187,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
     "no dropout": ({"dropout": 0.0}, nullcontext),
     "the whole vocabulary": ({"vocabulary": None}, nullcontext),
     "two teachers": ({}, _two_teachers),
+    "the teacher's features too": ({}, _with_features),
     "three layers of 384 neurons": ({"layers": 3, "intermediate_size": 384}, nullcontext),
 }
 
@@ -141,11 +199,15 @@ def run(
     if not Path("runs/teacher").is_dir():
         train_teacher(TeacherOptions(output=Path("runs/teacher"), data=str(data), model=teacher, resume=True))
     if not SECOND.is_dir() and (not only or "two teachers" in only):
-        # In other batches; another seed would also be another split.
+        # As the first but in other batches; another seed would also be another split.
         first = read_manifest(Path("runs/teacher"), "train-teacher").options
-        same = {name: first[name] for name in ("model", "epochs", "learning_rate")}
-        half = first["batch_size"] // 2
-        train_teacher(TeacherOptions(output=SECOND, data=str(data), batch_size=half, resume=True, **same))
+        names = {field.name for field in fields(TeacherOptions)} & first.keys() - {
+            "output",
+            "data",
+            "columns",
+        }
+        same = {name: first[name] for name in names} | {"batch_size": first["batch_size"] // 2}
+        train_teacher(TeacherOptions(output=SECOND, data=str(data), resume=True, **same))
     wanted = {
         (name, seed): _options(student, (name, seed))
         for name in VARIANTS

@@ -2,8 +2,7 @@
 
 A classifier that pools by the first token reads one row of the last hidden states. That row needs one query
 of the last attention, with the keys and values of all tokens, and what follows works on each token by itself.
-A student of two layers trains 1.5 times as fast (benchmarks/training.py); export/pooling.py does the same to
-the ONNX graph.
+benchmarks/training.py measures what that saves; export/pooling.py does the same to the ONNX graph.
 """
 
 import logging

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,7 +133,8 @@ def fit(
     logger.info("%s: %d %s on %s in %s", title, len(train), rows, device, precision)
     long = _tell_long(train, tokenizer, title)
     kind = type(model)
-    with _unread_left_out(model, tokenizer, train, validation) as collate:
+    record = options.checkpoints / "tokens.npy"
+    with _unread_left_out(model, tokenizer, [train, validation], device, record, resume_from) as collate:
         cut = processes.once(lambda: _cut(model, collate, train, options, device, precision, title))
         # What an attempt that ran out of memory has changed is put back.
         start = _trained_weights(model) if device in KEEPING_START and processes.count() == 1 else {}
@@ -150,13 +152,16 @@ def fit(
 
 
 @contextmanager
-def _unread_left_out(model: Any, tokenizer: Any, *texts: Dataset) -> Iterator[Collator]:
-    """Within it, a model computes no tokens and has no embeddings that nobody reads; gives its collator."""
+def _unread_left_out(
+    model: Any, tokenizer: Any, texts: list[Dataset], device: str, record: Path, resume_from: str | None
+) -> Iterator[Collator]:
+    """Within it a model computes no tokens and trains no embeddings that nobody reads; gives its collator."""
     if sharded():
         yield Collator(tokenizer)
         return
     classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with first_token_only(classifier), used_tokens_only(model, tokenizer, *texts) as new_ids:
+    used = used_tokens_only(model, tokenizer, texts, device, record, resumed=resume_from is not None)
+    with first_token_only(classifier), used as new_ids:
         yield Collator(tokenizer, new_ids)
 
 
