@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 from distill.errors import DistillError
 
 logger = logging.getLogger(__name__)
-COMPARED = 200  # texts of validation that a setting's distance from fp32 is measured on, or somewhat more
+COMPARED = 200  # texts of validation, at most, that a setting's distance from fp32 is measured on
 
 
 def write_int8(
     draft: Draft, exported: Path, config: Any, reference: NDArray[np.float32], max_drop: float
 ) -> dict[str, Any]:
-    """Quantize in every setting and leave the chosen one as `onnx/model_quantized.onnx`.
+    """Quantize in several settings and leave the chosen one as `onnx/model_quantized.onnx`.
+
+    One setting each tells whether fusion makes INT8 faster on this CPU; the others of the slower order are
+    made only if none of the faster one keeps `max_drop`.
 
     Args:
         draft: the bundle; its fp32 file is in place.
@@ -40,51 +43,86 @@ def write_int8(
     """
     scratch = draft.folder / "onnx" / "trials"
     scratch.mkdir()
-    graphs = _graphs(draft, exported, config, scratch)
-    every = settings(fusion=True in graphs)
-    candidates: dict[Setting, Path] = {}
-    failed: list[Trial] = []
+    trials = _Trials(draft, _graphs(draft, exported, config, scratch), scratch, reference)
+    slower = trials.slower_order()
+    for fused in trials.graphs.keys() - slower:
+        trials.make(fused)
+    try:
+        chosen, tried = trials.choose(max_drop)
+    except DistillError:
+        if not slower:
+            raise
+        for fused in slower:
+            trials.make(fused)
+        chosen, tried = trials.choose(max_drop)
+    logger.info("%s: %s", INT8, chosen)
+    shutil.move(trials.candidates[chosen], draft.folder / INT8)
+    shutil.rmtree(scratch)
+    tried += [Trial(setting, error=error) for setting, error in trials.failed.items()]
+    return {"setting": asdict(chosen), "trials": [trial.as_dict() for trial in tried]}
 
-    def attempt(setting: Setting, graph: Path) -> None:
-        path = scratch / f"{every.index(setting)}.onnx"
+
+class _Trials:
+    """The files of the settings that were tried.
+
+    Attributes:
+        graphs: the fp32 graphs to quantize, by whether they are fused.
+        candidates: the file of each setting that worked.
+        failed: why others did not.
+    """
+
+    def __init__(
+        self, draft: Draft, graphs: dict[bool, Path], scratch: Path, reference: NDArray[np.float32]
+    ) -> None:
+        self.draft, self.graphs, self.scratch = draft, graphs, scratch
+        self.reference, self.wanted = reference, draft.macro_f1(reference)
+        self.settings = settings(fusion=True in graphs)
+        self.candidates: dict[Setting, Path] = {}
+        self.failed: dict[Setting, str] = {}
+
+    def slower_order(self) -> set[bool]:
+        """Whether graphs with fusion, or those without, are slower by a tenth, by a setting each."""
+        for fused, graph in self.graphs.items():
+            self._attempt(next(one for one in self.settings if one.fused is fused), graph)
+        times = self.draft.latency(self.candidates)
+        return {one.fused for one in times if times[one] > ABOUT_AS_FAST * min(times.values())}
+
+    def make(self, fused: bool) -> None:
+        """Quantize a graph in the settings that are left."""
+        smoothed = _smoothed(self.draft, self.graphs[fused])
+        for setting in self.settings:
+            graph = smoothed if setting.smooth else self.graphs[fused]
+            tried = setting in self.candidates or setting in self.failed
+            if setting.fused is fused and graph and not tried:
+                self._attempt(setting, graph)
+
+    def _attempt(self, setting: Setting, graph: Path) -> None:
+        path = self.scratch / f"{self.settings.index(setting)}.onnx"
         try:
             quantize(graph, path, setting)
-            draft.open(path).logits(draft.texts["validation"][0])
+            self.draft.open(path).logits(self.draft.texts["validation"][0])
         except Exception as error:  # a setting that does not suit this graph is not an error of the export
-            failed.append(Trial(setting, error=(str(error).splitlines() or [type(error).__name__])[0]))
+            self.failed[setting] = (str(error).splitlines() or [type(error).__name__])[0]
         else:
-            candidates[setting] = path
+            self.candidates[setting] = path
 
-    # One setting each tells whether fusion makes INT8 faster here; then the others of the faster order.
-    firsts = [next(one for one in every if one.fused is fused) for fused in graphs]
-    for setting in firsts:
-        attempt(setting, graphs[setting.fused])
-    times = draft.latency(candidates)
-    slower = {one.fused for one in times if times[one] > ABOUT_AS_FAST * min(times.values())}
-    smoothed = {fused: _smoothed(draft, path) for fused, path in graphs.items() if fused not in slower}
-    for setting in every:
-        graph = (smoothed if setting.smooth else graphs).get(setting.fused)
-        if setting not in firsts and setting.fused not in slower and graph:
-            attempt(setting, graph)
-    if not candidates:
-        raise DistillError(f"--int8: no setting could quantize this graph: {failed[0].error}")
+    def choose(self, max_drop: float) -> tuple[Setting, list[Trial]]:
+        """The setting to keep, and all that were made."""
+        if not self.candidates:
+            reason = next(iter(self.failed.values()))
+            raise DistillError(f"--int8: no setting could quantize this graph: {reason}")
+        count = len(self.reference)
+        rows = np.unique(np.linspace(0, count - 1, min(COMPARED, count)).astype(int))
+        texts = [self.draft.texts["validation"][row] for row in rows]
 
-    sample = slice(None, None, max(1, len(reference) // COMPARED))
-    texts = draft.texts["validation"][sample]
+        def difference_of(path: Path) -> float:
+            return float(np.abs(self.draft.open(path).predict_logits(texts) - self.reference[rows]).mean())
 
-    def difference_of(path: Path) -> float:
-        return float(np.abs(draft.open(path).predict_logits(texts) - reference[sample]).mean())
+        def macro_f1_of(path: Path) -> float:
+            return self.draft.macro_f1(self.draft.logits(path, "validation"))
 
-    def macro_f1_of(path: Path) -> float:
-        return draft.macro_f1(draft.logits(path, "validation"))
-
-    wanted = draft.macro_f1(reference)
-    times = draft.latency(candidates)
-    chosen, trials = choose(candidates, times, difference_of, macro_f1_of, wanted, max_drop)
-    logger.info("%s: %s", INT8, chosen)
-    shutil.move(candidates[chosen], draft.folder / INT8)
-    shutil.rmtree(scratch)
-    return {"setting": asdict(chosen), "trials": [trial.as_dict() for trial in trials + failed]}
+        times = self.draft.latency(self.candidates)
+        return choose(self.candidates, times, difference_of, macro_f1_of, self.wanted, max_drop)
 
 
 def _graphs(draft: Draft, exported: Path, config: Any, scratch: Path) -> dict[bool, Path]:

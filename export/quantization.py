@@ -172,7 +172,14 @@ def _keep_layer_norm_apart(model: onnx.ModelProto) -> None:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a setting gave: median milliseconds, agreement on validation text, bytes, or why it failed."""
+    """What a setting gave, or why it failed.
+
+    Attributes:
+        latency_ms: median of a validation text.
+        macro_f1: on validation, where it was needed to choose.
+        mean_logit_difference: from fp32 on a sample of validation text, where it is about as fast as others.
+        size: bytes.
+    """
 
     setting: Setting
     latency_ms: float = float("inf")

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from distill.export import bundle
+from distill.export import bundle, cpu
 from distill.export.bundle import ExportOptions
 from distill.export.draft import Draft
 from distill.export.onnx import default_exporter
@@ -78,6 +78,25 @@ def test_of_the_slower_order_of_fusion_and_quantization_one_setting_alone_is_mad
     trials = export_student(options).details["int8"]["trials"]
     assert [trial["setting"]["fused"] for trial in trials if "latency_ms" in trial].count(False) == 1
     assert sum(trial["setting"]["fused"] for trial in trials) >= 4
+
+
+def test_the_other_settings_of_the_slower_order_are_made_where_none_of_the_faster_one_holds(
+    chain, tmp_path, monkeypatch
+):
+    def times(self, files, provider="cpu"):
+        return {setting: 1.2 if setting.fused else 1.0 for setting in files}
+
+    def choose(candidates, *rest):
+        if [setting.fused for setting in candidates].count(True) == 1:
+            raise DistillError("none holds")
+        return original(candidates, *rest)
+
+    original = cpu.choose
+    monkeypatch.setattr(Draft, "latency", times)
+    monkeypatch.setattr(cpu, "choose", choose)
+    options = ExportOptions(student=chain.student, output=tmp_path / "b", int8=True, max_drop=100.0)
+    trials = [trial["setting"]["fused"] for trial in export_student(options).details["int8"]["trials"]]
+    assert trials.count(True) >= 4 and trials.count(False) >= 4
 
 
 @pytest.mark.parametrize("step", ["export_fp32", "write_int8", "write_predictions"])
