@@ -201,11 +201,8 @@ def run(
     if not SECOND.is_dir() and (not only or "two teachers" in only):
         # As the first but in other batches; another seed would also be another split.
         first = read_manifest(Path("runs/teacher"), "train-teacher").options
-        names = {field.name for field in fields(TeacherOptions)} & first.keys() - {
-            "output",
-            "data",
-            "columns",
-        }
+        own = ("output", "data", "columns")
+        names = [one.name for one in fields(TeacherOptions) if one.name in first and one.name not in own]
         same = {name: first[name] for name in names} | {"batch_size": first["batch_size"] // 2}
         train_teacher(TeacherOptions(output=SECOND, data=str(data), resume=True, **same))
     wanted = {

@@ -89,7 +89,7 @@ class _Trials:
 
     def make(self, fused: bool) -> None:
         """Quantize a graph in the settings that are left."""
-        smoothed = _smoothed(self.draft, self.graphs[fused])
+        smoothed = _smoothed(self.draft, self.graphs[fused], self.scratch)
         for setting in self.settings:
             graph = smoothed if setting.smooth else self.graphs[fused]
             tried = setting in self.candidates or setting in self.failed
@@ -134,14 +134,14 @@ def _graphs(draft: Draft, exported: Path, config: Any, scratch: Path) -> dict[bo
     return {False: draft.folder / FP32, True: fused}
 
 
-def _smoothed(draft: Draft, graph: Path) -> Path | None:
-    """A graph with the outlier channels of its activations smoothed, beside it; None where it has none."""
+def _smoothed(draft: Draft, graph: Path, scratch: Path) -> Path | None:
+    """A graph with the outlier channels of its activations smoothed; None where it has none."""
     if (draft.folder / f"{FP32}_data").exists():  # more than 2 GB
         return None
     model = onnx.load(graph)
     changed = smooth(model, channel_ranges(draft, model))
     if changed is None:
         return None
-    path = draft.folder / "onnx" / "trials" / f"smooth_{graph.name}"
+    path = scratch / f"smooth_{graph.name}"
     onnx.save(changed, path)
     return path

@@ -17,7 +17,7 @@ from distill import DistillError, training
 from distill.trainer import Collator, LossTrainer, tokenize
 from distill.used_tokens import used_tokens_only
 
-ROWS = 400  # of the tables here; the tokenizer has some sixty
+ROWS = 400  # of the tables here; the tokenizer has fewer than 70
 
 
 def _model(config, **settings):
