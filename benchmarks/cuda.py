@@ -132,17 +132,20 @@ def main(demo: Path) -> None:
         # Both forms side by side on validation text, whichever was kept; timed where there is a GPU.
         result["int8_forms"] = {trial.pop("form"): trial for trial in details["cuda"]["int8"]["trials"]}
         labels: dict[str, Any] = {}
+        logits: dict[str, Any] = {}
         for name, file in FILES.items():
             provider = "cuda" if on_gpu and name != "int8, CPU" else "cpu"
             classifier = Classifier(bundle, provider=provider, file=file)
             truth = np.array([classifier.labels.index(label) for label in table["label"].to_pylist()])
-            labels[name] = classifier.predict_logits(texts).argmax(axis=1)
+            logits[name] = classifier.predict_logits(texts)
+            labels[name] = logits[name].argmax(axis=1)
             graph = onnx.load(bundle / file)
             result[name] = {
                 "nodes": len(graph.graph.node),
                 "off_cuda": dict(Counter(entry.split()[0] for entry in off_cuda(graph))),
                 "macro_f1": score(truth, labels[name], len(classifier.labels)).macro_f1,
                 "same_label_as_fp32": float((labels[name] == labels["fp32"]).mean()),
+                "mean_logit_difference": float(np.abs(logits[name] - logits["fp32"]).mean()),
                 "megabytes": (bundle / file).stat().st_size / 1e6,
             }
         agreement = (labels["int8, CUDA"] == labels["int8, CPU"]).mean()

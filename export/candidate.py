@@ -12,7 +12,6 @@ from distill.export.quantization import Setting, quantize
 from distill.artifact import Manifest
 from distill.bundle import MANIFEST, open_bundle
 from distill.encoding import way_of
-from distill.latency import cpu_has_vnni
 from distill.runtime import Classifier
 
 
@@ -42,7 +41,7 @@ def open_candidate(
     fused = fuse(exported, graph, model.config)
     shorten(graph if fused else exported, graph)
     (folder / INT8).parent.mkdir()
-    quantize(graph, folder / INT8, Setting(fused=fused, reduce_range=not cpu_has_vnni()))
+    quantize(graph, folder / INT8, Setting(fused=fused))
     manifest = Manifest(
         stage="export",
         labels=labels,

@@ -9,9 +9,19 @@ from typing import Any
 import numpy as np
 import onnx
 from distill.export.draft import FP32, INT8, Draft
+from distill.export.observation import channel_ranges, dynamic_uint8, moments, observe, products
 from distill.export.onnx import fuse, shorten
-from distill.export.quantization import ABOUT_AS_FAST, Setting, Trial, choose, quantize, settings
-from distill.export.smoothing import channel_ranges, smooth
+from distill.export.quantization import (
+    ABOUT_AS_FAST,
+    Setting,
+    Trial,
+    choose,
+    quantize,
+    settings,
+    spell_products,
+)
+from distill.export.rounding import Moments, round_weights
+from distill.export.smoothing import smooth
 from numpy.typing import NDArray
 
 from distill.errors import DistillError
@@ -26,7 +36,8 @@ def write_int8(
     """Quantize in several settings and leave the chosen one as `onnx/model_quantized.onnx`.
 
     One setting each tells whether fusion makes INT8 faster on this CPU; the others of the slower order are
-    made only if none of the faster one keeps `max_drop`.
+    made only if none of the faster one keeps `max_drop`. A setting that may be kept has its weights rounded
+    together first (`rounding`), and keeps them so if that brings it nearer to fp32.
 
     Args:
         draft: the bundle; its fp32 file is in place.
@@ -59,7 +70,11 @@ def write_int8(
     shutil.move(trials.candidates[chosen], draft.folder / INT8)
     shutil.rmtree(scratch)
     tried += [Trial(setting, error=error) for setting, error in trials.failed.items()]
-    return {"setting": asdict(chosen), "trials": [trial.as_dict() for trial in tried]}
+    return {
+        "setting": asdict(chosen),
+        "rounded_logit_difference": trials.rounded.get(chosen),
+        "trials": [trial.as_dict() for trial in tried],
+    }
 
 
 class _Trials:
@@ -69,6 +84,7 @@ class _Trials:
         graphs: the fp32 graphs to quantize, by whether they are fused.
         candidates: the file of each setting that worked.
         failed: why others did not.
+        rounded: mean difference from the fp32 logits of those whose weights were rounded together.
     """
 
     def __init__(
@@ -79,6 +95,9 @@ class _Trials:
         self.settings = settings(fusion=True in graphs)
         self.candidates: dict[Setting, Path] = {}
         self.failed: dict[Setting, str] = {}
+        self.rounded: dict[Setting, float] = {}
+        self.source: dict[Setting, Path] = {}
+        self.moments: dict[Path, dict[str, Moments]] = {}
 
     def slower_order(self) -> set[bool]:
         """Whether graphs with fusion, or those without, are slower by a tenth, by a setting each."""
@@ -104,42 +123,74 @@ class _Trials:
         except Exception as error:  # a setting that does not suit this graph is not an error of the export
             self.failed[setting] = (str(error).splitlines() or [type(error).__name__])[0]
         else:
-            self.candidates[setting] = path
+            self.candidates[setting], self.source[setting] = path, graph
 
     def choose(self, max_drop: float) -> tuple[Setting, list[Trial]]:
         """The setting to keep, and all that were made."""
         if not self.candidates:
             reason = next(iter(self.failed.values()))
             raise DistillError(f"--int8: no setting could quantize this graph: {reason}")
+        times = self.draft.latency(self.candidates)
+        return choose(self.candidates, times, self.difference, self.macro_f1, self.wanted, max_drop)
+
+    def difference(self, path: Path) -> float:
+        """A file's mean difference from the fp32 logits, on some of the validation texts."""
         count = len(self.reference)
         rows = np.unique(np.linspace(0, count - 1, min(COMPARED, count)).astype(int))
         texts = [self.draft.texts["validation"][row] for row in rows]
+        return float(np.abs(self.draft.open(path).predict_logits(texts) - self.reference[rows]).mean())
 
-        def difference_of(path: Path) -> float:
-            return float(np.abs(self.draft.open(path).predict_logits(texts) - self.reference[rows]).mean())
+    def macro_f1(self, path: Path) -> float:
+        """Macro-F1 of a setting's file on validation text, with its weights rounded together."""
+        self._round(next(setting for setting, one in self.candidates.items() if one == path))
+        return self.draft.macro_f1(self.draft.logits(path, "validation"))
 
-        def macro_f1_of(path: Path) -> float:
-            return self.draft.macro_f1(self.draft.logits(path, "validation"))
-
-        times = self.draft.latency(self.candidates)
-        return choose(self.candidates, times, difference_of, macro_f1_of, self.wanted, max_drop)
+    def _round(self, setting: Setting) -> None:
+        """Round a file's weights together, if that brings it nearer to fp32."""
+        if _is_large(self.draft):
+            return
+        path, source = self.candidates[setting], self.source[setting]
+        graph, quantized = onnx.load(source), onnx.load(path)
+        if source not in self.moments:
+            self.moments[source] = moments(observe(self.draft, graph), dynamic_uint8)
+        round_weights(quantized, products(graph), self.moments[source], setting.paired)
+        trial = path.with_suffix(".rounded.onnx")
+        onnx.save(quantized, trial)
+        before, after = self.difference(path), self.difference(trial)
+        logger.info("INT8 (%s): logits off by %.3f with weights rounded together", setting, after)
+        if after < before:
+            trial.replace(path)
+            self.rounded[setting] = after
 
 
 def _graphs(draft: Draft, exported: Path, config: Any, scratch: Path) -> dict[bool, Path]:
     """The fp32 graphs to quantize, by whether they are fused; those that there are."""
-    fused = scratch / "fused.onnx"
-    if not fuse(exported, fused, config):
+    if _is_large(draft):
         return {False: draft.folder / FP32}
-    shorten(fused, fused)
-    return {False: draft.folder / FP32, True: fused}
+    found = {False: scratch / "plain.onnx"}
+    shutil.copy(draft.folder / FP32, found[False])
+    fused = scratch / "fused.onnx"
+    if fuse(exported, fused, config):
+        shorten(fused, fused)
+        found[True] = fused
+    for path in found.values():
+        graph = onnx.load(path)
+        spell_products(graph)
+        onnx.save(graph, path)
+    return found
+
+
+def _is_large(draft: Draft) -> bool:
+    """Whether the graph has more than the 2 GB that fit one file: it is quantized as it is."""
+    return (draft.folder / f"{FP32}_data").exists()
 
 
 def _smoothed(draft: Draft, graph: Path, scratch: Path) -> Path | None:
     """A graph with the outlier channels of its activations smoothed; None where it has none."""
-    if (draft.folder / f"{FP32}_data").exists():  # more than 2 GB
+    if _is_large(draft):
         return None
     model = onnx.load(graph)
-    changed = smooth(model, channel_ranges(draft, model))
+    changed = smooth(model, channel_ranges(observe(draft, model)))
     if changed is None:
         return None
     path = scratch / f"smooth_{graph.name}"

@@ -9,11 +9,17 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from distill.export.cuda_graphs import quantize_static, quantize_weights, separate_attention, to_fp16
+from distill.export.cuda_graphs import (
+    quantize_static,
+    quantize_weights,
+    separate_attention,
+    static_grids,
+    to_fp16,
+)
 from distill.export.draft import FP32, Draft
+from distill.export.observation import channel_ranges, moments, observe
 from distill.export.onnx import fuse, shorten
 from distill.export.placement import require_cuda
-from distill.export.smoothing import channel_ranges
 from numpy.typing import NDArray
 
 from distill.calibration import fit_decision
@@ -97,10 +103,12 @@ def _require_accuracy(figures: dict[str, Any], file: str, reference: float, max_
 
 
 def _quantized(draft: Draft, fused: onnx.ModelProto, versions: Logits, max_drop: float) -> dict[str, Any]:
-    """Leave the INT8 file: the faster form on a GPU; without one INT8 products, unless they lose too much."""
+    """Leave the INT8 form within `max_drop` that is faster on a GPU, or without one nearer to fp32."""
     separated = separate_attention(fused)
+    grids = static_grids(separated, channel_ranges(observe(draft, separated)))
+    observed = moments(observe(draft, separated), lambda name, rows: grids[name].values(rows))
     forms = {
-        "static": quantize_static(separated, channel_ranges(draft, separated)),
+        "static": quantize_static(separated, grids, observed),
         "weights": quantize_weights(separated),
     }
     wanted = draft.macro_f1(versions["onnx-fp32"])
@@ -113,7 +121,7 @@ def _quantized(draft: Draft, fused: onnx.ModelProto, versions: Logits, max_drop:
     held = [trial for trial in trials if 100 * (wanted - trial["macro_f1"]) <= max_drop]
     if not held:
         _require_accuracy(max(trials, key=lambda trial: trial["macro_f1"]), INT8_CUDA, wanted, max_drop)
-    best = min(held, key=lambda trial: measured.get(trial["file"], 0.0))
+    best = min(held, key=lambda trial: measured.get(trial["file"], trial["mean_logit_difference"]))
     (draft.folder / best["file"]).rename(draft.folder / INT8_CUDA)
     for trial in trials:
         (draft.folder / trial["file"]).unlink(missing_ok=True)

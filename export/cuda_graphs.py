@@ -7,12 +7,15 @@ multiplies in INT8; and INT8 weights in blocks of 32 (MatMulNBits), which saves 
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
+from distill.export.observation import products
 from distill.export.pooling import Graph
-from distill.export.smoothing import products, smoothing_scales
+from distill.export.rounding import Moments, bias_of, round_together, shift_bias
+from distill.export.smoothing import smoothing_scales
 from distill.export.surgery import attributes, replace_nodes
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
@@ -67,52 +70,114 @@ def separate_attention(fused: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def quantize_static(separated: onnx.ModelProto, ranges: Mapping[str, NDArray[np.float32]]) -> onnx.ModelProto:
-    """Quantize to INT8 products with static ranges: activations and weights per channel.
+@dataclass(frozen=True)
+class Grid:
+    """The INT8 steps of a tensor.
 
-    The activations' scales are those of `smoothing`; QuantizeLinear divides by them anyway, so they cost
-    nothing, and the weights' rows are multiplied by them. The sums, up to 127 * 127 * input channels, do not
-    fit FP16, so they are scaled in fp32. Where values are nearly all positive (GELU) zero is moved, and what
-    that adds to the sums, a constant, is taken off again.
+    Attributes:
+        scales: of each channel, shape (channels,), FP16.
+        zero: the integer that stands for 0.
+    """
+
+    scales: NDArray[np.float16]
+    zero: int
+
+    def values(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What QuantizeLinear leaves of values, both of shape (any, channels)."""
+        scales = self.scales.astype(np.float32)
+        return (np.clip(np.rint(rows / scales) + self.zero, -128, 127) - self.zero) * scales
+
+
+def static_grids(separated: onnx.ModelProto, ranges: Mapping[str, NDArray[np.float32]]) -> dict[str, Grid]:
+    """Choose the steps of the tensors that the products read, by name.
+
+    Scales are those of `smoothing`, a step each: QuantizeLinear divides by them anyway, so they cost nothing.
+    Where values are nearly all positive (GELU) zero is moved.
 
     Args:
         separated: a graph of `separate_attention`.
         ranges: its `channel_ranges`.
     """
-    model = to_fp16(separated)
-    readers: dict[str, list[tuple[onnx.NodeProto, NDArray[Any]]]] = defaultdict(list)
-    for node, matrix in _aligned(model):
-        if node.input[0] in ranges:
-            readers[node.input[0]].append((node, matrix.astype(np.float32)))
-    constants: dict[str, Any] = {}
-    replaced: dict[str, list[onnx.NodeProto]] = {}
-    for name, users in readers.items():
-        smoothing = smoothing_scales(ranges[name], [matrix for _, matrix in users])
+    readers: dict[str, list[NDArray[Any]]] = defaultdict(list)
+    for node, matrix in products(separated):
+        readers[node.input[0]].append(matrix)
+    grids = {}
+    for name, matrices in readers.items():
+        smoothing = smoothing_scales(ranges[name], matrices)
         low, high = (ranges[name] / smoothing).min(), (ranges[name] / smoothing).max()
         step, zero = max(-low, high) / 127, 0
         if -low < high / 2:
             step = (high - low) / 255
             zero = round(-128 - low / step)
-        scales = np.maximum(smoothing * step, 1e-7).astype(np.float16)
+        grids[name] = Grid(np.maximum(smoothing * step, 1e-7).astype(np.float16), zero)
+    return grids
+
+
+def quantize_static(
+    separated: onnx.ModelProto, grids: Mapping[str, Grid], moments: Mapping[str, Moments]
+) -> onnx.ModelProto:
+    """Quantize to INT8 products with static ranges: activations and weights per channel.
+
+    The weights' rows are multiplied by the scales of the activations, and rounded together (`rounding`). The
+    sums, up to 127 * 127 * input channels, do not fit FP16, so they are scaled in fp32. What a moved zero
+    adds to them, a constant, is taken off again.
+
+    Args:
+        separated: a graph of `separate_attention`.
+        grids: its `static_grids`.
+        moments: `moments` of what its products read, on these.
+    """
+    model = to_fp16(separated)
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    aligned = {node.output[0] for node, _ in _aligned(model)}
+    matrices = {}
+    for node, matrix in products(separated):
+        if node.output[0] in aligned:
+            readers[node.input[0]].append(node)
+            matrices[node.output[0]] = matrix
+    constants: dict[str, Any] = {}
+    replaced: dict[str, list[onnx.NodeProto]] = {}
+    for name, users in readers.items():
+        scales = grids[name].scales
         constants[f"{name}_scale"] = scales
-        constants[f"{name}_zero"] = np.full(len(scales), zero, dtype=np.int8)
+        constants[f"{name}_zero"] = np.full(len(scales), grids[name].zero, dtype=np.int8)
         inputs = [name, f"{name}_scale", f"{name}_zero"]
         nodes = [helper.make_node("QuantizeLinear", inputs, [f"{name}_int8"], domain=CONTRIB, axis=-1)]
-        for node, matrix in users:
-            replaced[node.output[0]] = nodes + _integer_product(
-                f"{name}_int8", node.output[0], matrix * scales.astype(np.float32)[:, None], zero, constants
+        for node in users:
+            product = node.output[0]
+            weights, steps = _rounded(model, product, matrices[product], scales, moments[name])
+            replaced[product] = nodes + _integer_product(
+                f"{name}_int8", product, weights, steps, grids[name].zero, constants
             )
             nodes = []  # one QuantizeLinear serves all products of a tensor
     _replace(model.graph, replaced, constants)
     return model
 
 
+def _rounded(
+    model: onnx.ModelProto, product: str, matrix: NDArray[Any], scales: NDArray[np.float16], moments: Moments
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Weights in INT8 for inputs on a `Grid`, and their steps; the product's bias makes up for their mean."""
+    inputs = scales.astype(np.float64)
+    rows = matrix * inputs[:, None]
+    steps = (np.maximum(np.abs(rows).max(axis=0), 1e-12) / 127).astype(np.float32)
+    bias = bias_of(model.graph, product)
+    second = moments.covariance if bias else moments.second()
+    weights = round_together(rows, steps, second / np.outer(inputs, inputs), -127, 127)
+    if bias:
+        shift_bias(model.graph, bias, moments, matrix, weights * steps / inputs[:, None])
+    return weights.astype(np.int8), steps
+
+
 def _integer_product(
-    activation: str, product: str, matrix: NDArray[np.float32], zero: int, constants: dict[str, Any]
+    activation: str,
+    product: str,
+    weights: NDArray[np.int8],
+    steps: NDArray[np.float32],
+    zero: int,
+    constants: dict[str, Any],
 ) -> list[onnx.NodeProto]:
-    """The nodes from an INT8 activation to its product with `matrix` in FP16."""
-    steps = (np.maximum(np.abs(matrix).max(axis=0), 1e-12) / 127).astype(np.float32)
-    weights = np.rint(matrix / steps).astype(np.int8)
+    """The nodes from an INT8 activation to its product with `weights` in FP16."""
     constants[f"{product}_int8_weight"] = weights
     constants[f"{product}_scale"] = steps
     nodes = [

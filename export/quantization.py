@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+from distill.export.observation import products
 from distill.export.onnx import quiet
+from distill.export.rounding import bound_pairs
 from distill.export.surgery import attributes, replace_nodes
 from onnx import TensorProto, helper, numpy_helper
 
@@ -27,7 +29,8 @@ class Setting:
     fused: bool = False
     per_channel: bool = True
     weight_type: str = "QInt8"
-    reduce_range: bool = False
+    paired: bool = False
+    """Let no two neighbouring weights overflow 16 bits (`rounding`), where INT8 is summed in pairs."""
     attention: bool = False
     """Quantize the products of activations in attention too, not only those with constant weights."""
     smooth: bool = False
@@ -35,28 +38,51 @@ class Setting:
 
     def __str__(self) -> str:
         parts = [self.weight_type, "per channel" if self.per_channel else "per tensor"]
-        parts += [name for name in ("fused", "reduce_range", "attention", "smooth") if getattr(self, name)]
+        parts += [name for name in ("fused", "paired", "attention", "smooth") if getattr(self, name)]
         return ", ".join(parts)
 
 
 def settings(fusion: bool, vnni: bool | None = None) -> list[Setting]:
     """List the settings worth trying on this CPU.
 
-    Without VNNI, UINT8 x INT8 products are summed in pairs in 16 bits and may saturate, so weights of 7 bits
-    (`reduce_range`) come in (onnxruntime#6545).
+    Without VNNI, UINT8 x INT8 products are summed in pairs in 16 bits and may saturate (onnxruntime#6545).
     """
-    vnni = cpu_has_vnni() if vnni is None else vnni
-    found = []
-    for fused in (False, True) if fusion else (False,):
-        for reduce_range in (False,) if vnni else (True, False):
-            found += [
-                Setting(fused, True, "QInt8", reduce_range),
-                Setting(fused, True, "QInt8", reduce_range, smooth=True),
-                Setting(fused, False, "QInt8", reduce_range),
-                Setting(fused, False, "QUInt8", reduce_range),
-            ]
-        found.append(Setting(fused, True, "QInt8", not vnni, attention=True))
-    return found
+    paired = not (cpu_has_vnni() if vnni is None else vnni)
+    return [
+        setting
+        for fused in ((False, True) if fusion else (False,))
+        for setting in (
+            Setting(fused, paired=paired),
+            Setting(fused, paired=paired, smooth=True),
+            Setting(fused, per_channel=False, weight_type="QUInt8"),
+            Setting(fused, paired=paired, attention=True),
+        )
+    ]
+
+
+def spell_products(model: onnx.ModelProto) -> None:
+    """Write each Gemm that adds a row to a product as just that, in place."""
+    constants = {entry.name: entry for entry in model.graph.initializer}
+    turned: dict[str, Any] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, **attributes(node)}
+        transposed = plain.pop("transB", 0)
+        known = node.op_type == "Gemm" and len(node.input) == 3 and node.input[1] in constants
+        if not known or plain != {"alpha": 1.0, "beta": 1.0, "transA": 0}:
+            nodes.append(node)
+            continue
+        weight = node.input[1]
+        if transposed:
+            weight = f"{weight}_transposed"
+            turned[weight] = np.ascontiguousarray(numpy_helper.to_array(constants[node.input[1]]).T)
+        product = f"{node.output[0]}_product"
+        name = node.name or node.output[0]
+        nodes += [
+            helper.make_node("MatMul", [node.input[0], weight], [product], name=f"{name}_MatMul"),
+            helper.make_node("Add", [product, node.input[2]], [node.output[0]], name=f"{name}_Add"),
+        ]
+    replace_nodes(model.graph, nodes, turned)
 
 
 def quantize(model: Path, target: Path, setting: Setting) -> None:
@@ -70,7 +96,7 @@ def quantize(model: Path, target: Path, setting: Setting) -> None:
             op_types_to_quantize=["MatMul", "Gemm", "Attention"],
             nodes_to_exclude=[node.name for node in _by_head(onnx.load(model, load_external_data=False))],
             per_channel=setting.per_channel,
-            reduce_range=setting.reduce_range,
+            reduce_range=setting.paired,  # 7 bits for what `bound_pairs` does not know
             weight_type=QuantType[setting.weight_type],
             extra_options={
                 "MatMulConstBOnly": not setting.attention,
@@ -79,6 +105,8 @@ def quantize(model: Path, target: Path, setting: Setting) -> None:
             },
         )
     quantized = onnx.load(target)
+    if setting.paired:
+        bound_pairs(quantized, products(onnx.load(model)))
     _quantize_tables(quantized)
     _store_heads(quantized)
     _keep_layer_norm_apart(quantized)

@@ -13,45 +13,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-from distill.export.draft import Draft
+from distill.export.observation import products
 from distill.export.surgery import replace_nodes
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
-ALPHA = 0.8
-OUTLIERS = 8  # a tensor has some where its largest channel is so many times the median one
-TEXTS = 512
-
-
-def products(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, NDArray[Any]]]:
-    """The nodes that multiply activations with a constant matrix (input, output channels), and the matrix."""
-    constants = {entry.name: entry for entry in model.graph.initializer}
-    return [
-        (node, numpy_helper.to_array(constants[node.input[1]]))
-        for node in model.graph.node
-        if node.op_type in ("MatMul", "Attention")
-        and node.input[1] in constants
-        and len(constants[node.input[1]].dims) == 2
-    ]
-
-
-def channel_ranges(draft: Draft, model: onnx.ModelProto) -> dict[str, NDArray[np.float32]]:
-    """Least and largest value, shape (2, channels), of what the `products` read over validation text."""
-    names = list(dict.fromkeys(node.input[0] for node, _ in products(model)))
-    exposed = onnx.ModelProto()
-    exposed.CopyFrom(model)
-    exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    path = draft.folder / "onnx" / "observed.onnx"
-    onnx.save(exposed, path)
-    classifier = draft.open(path)
-    ranges: dict[str, NDArray[np.float32]] = {}
-    for text in draft.texts["validation"][:TEXTS]:
-        for name, values in zip(names, classifier.outputs(text)[1:], strict=True):
-            rows = values.reshape(-1, values.shape[-1])
-            low, high = ranges.get(name, np.zeros((2, rows.shape[1]), dtype=np.float32))
-            ranges[name] = np.stack([np.minimum(low, rows.min(axis=0)), np.maximum(high, rows.max(axis=0))])
-    path.unlink()
-    return ranges
+ALPHA = 0.9  # weights that are rounded together bear much of the difficulty
+OUTLIERS = 2.5  # a tensor has some where its largest channel is so many times the median one
 
 
 def smoothing_scales(ranges: NDArray[np.float32], matrices: Iterable[NDArray[Any]]) -> NDArray[np.float32]:

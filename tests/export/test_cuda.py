@@ -4,10 +4,16 @@ import pytest
 from conftest import make_configs
 from distill.export import cuda
 from distill.export.bundle import ExportOptions
-from distill.export.cuda_graphs import quantize_static, quantize_weights, separate_attention, to_fp16
+from distill.export.cuda_graphs import (
+    quantize_static,
+    quantize_weights,
+    separate_attention,
+    static_grids,
+    to_fp16,
+)
+from distill.export.observation import channel_ranges, moments, products
 from distill.export.onnx import default_exporter, fuse, shorten
 from distill.export.placement import off_cuda
-from distill.export.smoothing import products
 from export.graphs import RIGHT, export_tiny, run_graph
 
 from distill import Classifier, export_student
@@ -41,18 +47,17 @@ def _logits(model, folder):
     return run_graph(folder / "form.onnx", IDS, MASK)[0]
 
 
-def _ranges(model, folder):
-    """As `channel_ranges` gives them, over the texts of this test."""
-    names = list(dict.fromkeys(node.input[0] for node, _ in products(model)))
+def _static(separated, folder):
+    """As `write_cuda` quantizes, over the texts of this test."""
+    names = list(dict.fromkeys(node.input[0] for node, _ in products(separated)))
     exposed = onnx.ModelProto()
-    exposed.CopyFrom(model)
+    exposed.CopyFrom(separated)
     exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     onnx.save(exposed, folder / "exposed.onnx")
-    found = [v.reshape(-1, v.shape[-1]) for v in run_graph(folder / "exposed.onnx", IDS, MASK)[1:]]
-    return {
-        name: np.stack([np.minimum(v.min(0), 0), np.maximum(v.max(0), 0)])
-        for name, v in zip(names, found, strict=True)
-    }
+    values = run_graph(folder / "exposed.onnx", IDS, MASK)[1:]
+    observed = [(name, v.reshape(-1, v.shape[-1])) for name, v in zip(names, values, strict=True)]
+    grids = static_grids(separated, channel_ranges(observed))
+    return quantize_static(separated, grids, moments(observed, lambda name, rows: grids[name].values(rows)))
 
 
 @optimums_graph
@@ -73,7 +78,7 @@ def test_fp16_runs_on_cuda_alone_and_answers_as_fp32(fused, request):
 def test_int8_products_run_on_cuda_alone_and_answer_as_fp32(fused):
     model, expected, folder = fused
     separated = separate_attention(model)
-    quantized = quantize_static(separated, _ranges(separated, folder))
+    quantized = _static(separated, folder)
     kinds = [node.op_type for node in quantized.graph.node]
     assert off_cuda(quantized) == []
     assert kinds.count("MatMulInteger") >= 8 and "Attention" not in kinds
@@ -99,7 +104,7 @@ def test_an_attention_that_cannot_be_taken_apart_stays(fused):
     for node in whole:
         node.attribute.append(onnx.helper.make_attribute("unidirectional", 1))
     separated = separate_attention(copy)
-    for quantized in (quantize_static(separated, _ranges(separated, folder)), quantize_weights(separated)):
+    for quantized in (_static(separated, folder), quantize_weights(separated)):
         assert sum(node.op_type == "Attention" for node in quantized.graph.node) == len(whole)
 
 
@@ -122,7 +127,9 @@ def test_the_bundle_gets_both_files_and_fp16_is_the_one_for_cuda(bundle):
     }  # fmt: skip
     found = details["cuda"]
     assert found["measured_ms"] == {}
-    assert found["fp16"]["label_agreement"] == 1.0 and found["int8"]["form"] == "static"
+    assert found["fp16"]["label_agreement"] == 1.0 and found["int8"]["form"] == "weights"
+    static, weights = found["int8"]["trials"]
+    assert static["mean_logit_difference"] > weights["mean_logit_difference"]
     assert found["fused_attentions"] == 2
     assert [trial["form"] for trial in found["int8"]["trials"]] == ["static", "weights"]
     assert found["int8"]["agreement_with_cpu_int8"] >= 0.9
@@ -145,9 +152,11 @@ def test_the_file_that_is_fastest_on_a_gpu_is_taken(chain, tmp_path, monkeypatch
 
 def test_int8_weights_are_the_way_out_where_int8_products_lose_too_much(chain, tmp_path, monkeypatch):
     def ruin(separated, ranges):
-        return quantize_static(separated, {name: found * 1e-3 for name, found in ranges.items()})
+        return static_grids(separated, {name: found * 1e-3 for name, found in ranges.items()})
 
-    monkeypatch.setattr(cuda, "quantize_static", ruin)
+    monkeypatch.setattr(cuda, "static_grids", ruin)
+    times = {"onnx/static.onnx": 1.0, "onnx/weights.onnx": 2.0}
+    monkeypatch.setattr(cuda, "_latency", lambda draft, files: {file: times.get(file, 3.0) for file in files})
     options = ExportOptions(chain.student, tmp_path / "b", provider=("cuda",), int8=True)
     found = export_student(options).details["cuda"]["int8"]
     assert found["form"] == "weights"

@@ -69,9 +69,11 @@ def test_when_no_setting_holds_the_error_says_by_how_much(candidates):
         _choose(candidates, {FAST: 0.70, NEAR: 0.70, MIDDLE: 0.76, SLOW: 0.75})
 
 
-def test_reduced_range_is_tried_only_where_the_cpu_lacks_vnni():
-    assert not any(setting.reduce_range for setting in settings(fusion=True, vnni=True))
-    assert any(setting.reduce_range for setting in settings(fusion=True, vnni=False))
+def test_pairs_are_bounded_only_where_the_cpu_lacks_vnni():
+    assert not any(setting.paired for setting in settings(fusion=True, vnni=True))
+    assert all(
+        setting.paired == (setting.weight_type == "QInt8") for setting in settings(fusion=True, vnni=False)
+    )
     assert len(settings(True)) == len(set(settings(True)))
     assert not any(setting.fused for setting in settings(fusion=False))
 

@@ -1,7 +1,8 @@
 import numpy as np
 import onnx
 import pytest
-from distill.export.smoothing import ALPHA, products, smooth, smoothing_scales
+from distill.export.observation import products
+from distill.export.smoothing import ALPHA, smooth, smoothing_scales
 from onnx import TensorProto, helper, numpy_helper
 
 
