@@ -42,6 +42,7 @@ benchmark: install
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/runtime.py --bundle runs/two_layers
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/runtime.py --bundle runs/one_layer
 	$(BIN)/python benchmarks/int8_ceiling.py
+	$(BIN)/python benchmarks/int8_accuracy.py
 	$(BIN)/python benchmarks/streaming.py --bundle runs/one_layer
 	$(BIN)/python benchmarks/service.py
 	$(BIN)/python benchmarks/cuda.py
