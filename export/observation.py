@@ -11,8 +11,8 @@ from distill.export.rounding import Moments, Products
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-TEXTS = 512
-ROWS = 64  # tokens of a text, at most, that moments are taken over
+TEXTS = 512  # of validation, at most
+TOKENS = 16_384  # about as many in all, so that long texts take no longer
 BUFFER = 1024  # rows that are multiplied at once
 Rows = NDArray[np.float32]
 
@@ -30,7 +30,7 @@ def products(model: onnx.ModelProto) -> Products:
 
 
 def observe(draft: Draft, model: onnx.ModelProto) -> Iterator[tuple[str, Rows]]:
-    """Name and values, shape (tokens, channels), of what the `products` read, text by text."""
+    """Name and values, shape (tokens, channels), of what the `products` read in texts in random order."""
     names = list(dict.fromkeys(node.input[0] for node, _ in products(model)))
     exposed = onnx.ModelProto()
     exposed.CopyFrom(model)
@@ -39,10 +39,13 @@ def observe(draft: Draft, model: onnx.ModelProto) -> Iterator[tuple[str, Rows]]:
     onnx.save(exposed, path)
     classifier = draft.open(path)
     path.unlink()
-    texts = draft.texts["validation"]
-    for text in texts[:: max(1, len(texts) // TEXTS)][:TEXTS]:
-        for name, values in zip(names, classifier.outputs(text)[1:], strict=True):
-            yield name, values.reshape(-1, values.shape[-1])
+    texts, tokens = draft.texts["validation"], 0
+    for number in np.random.default_rng(0).permutation(len(texts))[:TEXTS]:
+        found = [values.reshape(-1, values.shape[-1]) for values in classifier.outputs(texts[number])[1:]]
+        yield from zip(names, found, strict=True)
+        tokens += max(map(len, found), default=0)
+        if tokens >= TOKENS:
+            return
 
 
 def channel_ranges(observed: Iterable[tuple[str, Rows]]) -> dict[str, Rows]:
@@ -65,9 +68,7 @@ def moments(
     """
     sums: dict[str, _Sums] = defaultdict(_Sums)
     for name, rows in observed:
-        left = quantized(name, rows)
-        kept = np.unique(np.linspace(0, len(rows) - 1, min(ROWS, len(rows))).astype(int))
-        sums[name].add(rows[kept], left[kept])
+        sums[name].add(rows, quantized(name, rows))
     return {name: found.moments() for name, found in sums.items()}
 
 

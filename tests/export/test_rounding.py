@@ -2,6 +2,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from distill.export import cpu, observation
 from distill.export.bundle import ExportOptions
 from distill.export.observation import dynamic_uint8, moments, products
 from distill.export.quantization import Setting, quantize, spell_products
@@ -162,11 +163,21 @@ def test_moments_are_those_of_all_rows_whatever_the_mean():
     assert found.second()[5, 5] > 1e6
 
 
-def test_of_a_long_text_some_rows_count():
-    rows = _correlated(rows=1000)
-    found = moments([("x", rows)], dynamic_uint8)["x"]
-    kept = rows[np.unique(np.linspace(0, 999, 64).astype(int))]
-    np.testing.assert_allclose(found.mean, kept.mean(axis=0), rtol=1e-4, atol=1e-6)
+def test_no_more_tokens_are_observed_than_are_needed(chain, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(observation, "TOKENS", 20)
+    original = observation.channel_ranges
+
+    def count(observed):
+        observed = list(observed)
+        seen.append([len(rows) for name, rows in observed if name == observed[0][0]])
+        return original(observed)
+
+    monkeypatch.setattr(cpu, "channel_ranges", count)
+    export_student(ExportOptions(chain.student, tmp_path / "b", int8=True, max_drop=100.0))
+    assert seen
+    for rows in seen:
+        assert sum(rows) >= 20 > sum(rows[:-1])
 
 
 def test_dynamic_steps_are_the_operators():
