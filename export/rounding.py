@@ -226,7 +226,7 @@ def shift_bias(
     old = next(entry for entry in graph.initializer if entry.name == node.input[place])
     row = numpy_helper.to_array(old)
     lost = moments.mean @ matrix - moments.quantized_mean @ kept
-    name = f"{node.output[0]}_bias"
+    name = f"{node.output[0]}_shifted_bias"
     graph.initializer.append(numpy_helper.from_array((row + lost).astype(row.dtype), name))
     node.input[place] = name
     if not any(old.name in other.input for other in graph.node):
