@@ -147,7 +147,7 @@ class _Trials:
 
     def _round(self, setting: Setting) -> None:
         """Round a file's weights together, if that brings it nearer to fp32."""
-        if _is_large(self.draft):
+        if _is_large(self.draft) or setting in self.rounded:
             return
         path, source = self.candidates[setting], self.source[setting]
         graph, quantized = onnx.load(source), onnx.load(path)

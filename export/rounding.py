@@ -129,6 +129,8 @@ def round_together(
 
 def _inverse_factor(second: Values) -> Values:
     """The upper triangular U with UᵀU the inverse of a damped `second`; more damping where it takes that."""
+    if not np.isfinite(second).all():  # says nothing: each weight for itself
+        return np.eye(len(second))
     variance = float(np.diag(second).mean()) or 1.0
     damping = DAMPING
     while True:

@@ -4,6 +4,7 @@ import onnxruntime
 import pytest
 from distill.export import cpu, observation
 from distill.export.bundle import ExportOptions
+from distill.export.draft import Draft
 from distill.export.observation import dynamic_uint8, moments, products
 from distill.export.quantization import Setting, quantize, spell_products
 from distill.export.rounding import (
@@ -18,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from distill import export_student
+from distill.errors import DistillError
 
 CHANNELS = 150  # more than a block
 
@@ -149,6 +151,31 @@ def test_a_gemm_is_spelt_as_a_product_and_an_addition(matrix):
     sides = (ReferenceEvaluator(one).run(None, {"x": rows}) for one in (model, spelt))
     for wanted, found in zip(*sides, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_moments_that_are_no_numbers_leave_each_weight_to_itself(matrix):
+    steps = _steps(matrix)
+    found = round_together(matrix, steps, np.full((CHANNELS, CHANNELS), np.nan), -15, 15)
+    np.testing.assert_array_equal(found, np.rint(matrix / steps))
+
+
+def test_a_file_is_rounded_once_though_settings_are_chosen_twice(chain, tmp_path, monkeypatch):
+    def times(self, files, provider="cpu"):
+        return {setting: 1.2 if setting.fused else 1.0 for setting in files}
+
+    def choose_twice(candidates, *rest):
+        found = original(candidates, *rest)
+        calls.append(found)
+        if len(calls) == 1:
+            raise DistillError("none holds")
+        return found
+
+    calls, original = [], cpu.choose
+    monkeypatch.setattr(Draft, "latency", times)
+    monkeypatch.setattr(cpu, "choose", choose_twice)
+    found = export_student(ExportOptions(chain.student, tmp_path / "b", int8=True, max_drop=100.0))
+    assert len(calls) == 2 and found.details["int8"]["rounded_logit_difference"] is not None
+    onnx.checker.check_model(onnx.load(tmp_path / "b" / "onnx" / "model_quantized.onnx"))
 
 
 def test_moments_are_those_of_all_rows_whatever_the_mean():
