@@ -131,7 +131,7 @@ def _inverse_factor(second: Values) -> Values:
     """The upper triangular U with UᵀU the inverse of a damped `second`; more damping where it takes that."""
     if not np.isfinite(second).all():  # says nothing: each weight for itself
         return np.eye(len(second))
-    variance = float(np.diag(second).mean()) or 1.0
+    variance = max(float(np.diag(second).mean()), 1e-12)  # of constant inputs it may be less than 0
     damping = DAMPING
     while True:
         try:
