@@ -17,14 +17,13 @@ from typing import Any
 import click
 import numpy as np
 import onnx
+import peers
 import pyarrow.csv
-from onnxruntime.quantization import QuantType
 from optimum.onnxruntime import ORTQuantizer
-from optimum.onnxruntime.configuration import AutoQuantizationConfig
 
 from distill import Classifier
 from distill.bundle import open_bundle
-from distill.latency import cpu_has_vnni, cpu_name, measure
+from distill.latency import cpu_name, measure
 from distill.metrics import score
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -34,9 +33,8 @@ TIMED = 100
 
 def with_optimum(model: Path, target: Path, reduce_range: bool) -> None:
     """Quantize with Optimum's dynamic preset, per channel."""
-    suited = AutoQuantizationConfig.avx512_vnni if cpu_has_vnni() else AutoQuantizationConfig.avx2
-    setting = suited(is_static=False, per_channel=True)
-    setting.reduce_range, setting.weights_dtype = reduce_range, QuantType.QInt8
+    setting = peers.optimums_preset()
+    setting.reduce_range = reduce_range
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch)
         shutil.copy(model, source / "model.onnx")

@@ -2,7 +2,7 @@
 
 Needs `pip install --constraint constraints.txt ".[train,cpu,peers]"`.
 
-Usage: python benchmarks/pareto.py, which imports this.
+Usage: python benchmarks/pareto.py and int8_accuracy.py, which import this.
 """
 
 import tempfile
@@ -72,18 +72,23 @@ def setfit(data: Data, checkpoint: str) -> tuple[Classify, int]:
     return lambda given: np.asarray(model.predict(list(given), show_progress_bar=False)), size
 
 
+def optimums_preset() -> Any:
+    """Optimum's setting for dynamic INT8 on this CPU, with a scale for every channel."""
+    from optimum.onnxruntime.configuration import AutoQuantizationConfig
+
+    suited = AutoQuantizationConfig.avx512_vnni if cpu_has_vnni() else AutoQuantizationConfig.avx2
+    return suited(is_static=False, per_channel=True)
+
+
 def teacher_int8(data: Data, teacher: Path, folder: Path) -> tuple[Classify, int]:
     """Optimum's own dynamic INT8 of the teacher, in a transformers pipeline on one thread."""
     from onnxruntime import SessionOptions
     from optimum.onnxruntime import ORTModelForSequenceClassification, ORTQuantizer
-    from optimum.onnxruntime.configuration import AutoQuantizationConfig
     from transformers import AutoTokenizer, pipeline
 
     if not folder.is_dir():
         plain = ORTModelForSequenceClassification.from_pretrained(teacher, export=True)
-        suited = AutoQuantizationConfig.avx512_vnni if cpu_has_vnni() else AutoQuantizationConfig.avx2
-        setting = suited(is_static=False, per_channel=True)
-        ORTQuantizer.from_pretrained(plain).quantize(save_dir=folder, quantization_config=setting)
+        ORTQuantizer.from_pretrained(plain).quantize(save_dir=folder, quantization_config=optimums_preset())
         AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
     options = SessionOptions()
     options.intra_op_num_threads = 1

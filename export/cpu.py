@@ -47,7 +47,8 @@ def write_int8(
         max_drop: points of validation macro-F1 that it may lose.
 
     Returns:
-        What the manifest keeps: the chosen setting and all trials.
+        What the manifest keeps: the chosen setting, its distance from fp32 if rounding together brought it
+        nearer, and all trials.
 
     Raises:
         DistillError: if no setting can quantize the graph, or none keeps `max_drop`.

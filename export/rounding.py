@@ -9,8 +9,8 @@ cost nothing when the model runs.
 
 Without VNNI a CPU adds the products of two neighbouring input channels in 16 bits, which 255 * 127 * 2 do not
 fit (onnxruntime#6545). Weights of 7 bits are the usual way out; but it is enough that no two neighbours, of
-the same sign, come to more than 128 steps together, and few weights are so large: that takes steps about 1.2
-times as long in place of twice.
+the same sign, come to more than 128 steps together. Few weights are so large, so that steps need not be twice
+as long.
 """
 
 from collections import defaultdict
@@ -76,9 +76,9 @@ def round_pairs(matrix: NDArray[Any], steps: NDArray[Any]) -> NDArray[np.int8]:
 
 def _beside(neighbour: NDArray[Any], low: int, high: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Least and largest integer that may stand beside others."""
-    return np.maximum(low, -PAIR - np.minimum(neighbour, 0)), np.minimum(
-        high, PAIR - np.maximum(neighbour, 0)
-    )
+    least = np.maximum(low, -PAIR - np.minimum(neighbour, 0))
+    largest = np.minimum(high, PAIR - np.maximum(neighbour, 0))
+    return least, largest
 
 
 def round_together(

@@ -119,6 +119,7 @@ def test_neighbours_never_overflow_16_bits_and_keep_more_bits_than_7(matrix, cha
     assert np.abs(matrix - alone * steps).max() <= 1.5 * steps.max()
     assert (np.abs(matrix - alone * steps) <= 0.51 * steps).mean() > 0.99
     seven = np.abs(matrix).max(axis=0) / 63
+    assert (steps <= seven).all() and steps.mean() < 0.85 * seven.mean()
     bits7 = round_together(matrix, seven, second, -64, 64) * seven
     assert _error(matrix, together * steps, second) < 0.7 * _error(matrix, bits7, second)
 
@@ -231,7 +232,7 @@ def _model(nodes, constants, outputs):
 
 @pytest.mark.parametrize("setting", [Setting(), Setting(paired=True), Setting(False, False, "QUInt8")])
 def test_the_mean_of_a_product_is_kept_and_a_shared_bias_is_corrected_for_each(matrix, tmp_path, setting):
-    """Two matrices with one bias, of which the second has no addition to itself in a third product."""
+    """Two products with one bias, and a third with none."""
     nodes = [
         helper.make_node("MatMul", ["x", "first"], ["a"], name="a"),
         helper.make_node("Add", ["a", "bias"], ["left"], name="left"),
