@@ -85,7 +85,8 @@ class _Trials:
         graphs: the fp32 graphs to quantize, by whether they are fused.
         candidates: the file of each setting that worked.
         failed: why others did not.
-        rounded: mean difference from the fp32 logits of those whose weights were rounded together.
+        rounded: mean difference from the fp32 logits of those whose weights were rounded together; None where
+            that brought them no nearer.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class _Trials:
         self.settings = settings(fusion=True in graphs)
         self.candidates: dict[Setting, Path] = {}
         self.failed: dict[Setting, str] = {}
-        self.rounded: dict[Setting, float] = {}
+        self.rounded: dict[Setting, float | None] = {}
         self.source: dict[Setting, Path] = {}
         self.moments: dict[Path, dict[str, Moments]] = {}
 
@@ -159,9 +160,9 @@ class _Trials:
         onnx.save(quantized, trial)
         before, after = self.difference(path), self.difference(trial)
         logger.info("INT8 (%s): logits off by %.3f with weights rounded together", setting, after)
+        self.rounded[setting] = after if after < before else None
         if after < before:
             trial.replace(path)
-            self.rounded[setting] = after
 
 
 def _graphs(draft: Draft, exported: Path, config: Any, scratch: Path) -> dict[bool, Path]:
