@@ -1,7 +1,7 @@
 """What each part of the recipe for students is worth: with and without it, over seeds.
 
 Losses that were tried and are not in the package stand here, so that their rows can be repeated. One teacher;
-students of two layers (but for one row), all with the same number of steps, scored on the validation split,
+students of two layers (but for two rows), all with the same number of steps, scored on the validation split,
 which is where the recipe and every student's best epoch were chosen: macro-F1, negative log-likelihood of
 the labels, and KL divergence from what the recipe's students learn from. The latter two tell students apart
 where macro-F1 of a thousand texts cannot; what learns from others (two teachers) is not to be judged by the
@@ -189,6 +189,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
     "two teachers": ({}, _two_teachers),
     "the teacher's features too": ({}, _with_features),
     "three layers of 384 neurons": ({"layers": 3, "intermediate_size": 384}, nullcontext),
+    "no layers": ({"layers": 0}, nullcontext),
 }
 
 

@@ -16,14 +16,18 @@ def _label(name: str) -> str:
     layers, _, rest = name.partition("_layers")
     if not rest:
         return name
-    depth = "1 layer" if layers == "1" else f"{layers} layers"
+    depth = _depth(layers)
     return f"{depth} without a teacher, INT8" if "alone" in rest else f"student of {depth}, INT8"
+
+
+def _depth(layers: str) -> str:
+    return {"0": "no layers", "1": "1 layer"}.get(layers, f"{layers} layers")
 
 
 def _merged(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Rows of the table: the mean over seeds, with the figures that only one seed was measured for."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    depths = {name: int(name[0]) if "_layers" in name else 0 for name in results}
+    depths = {name: int(name[0]) if "_layers" in name else -1 for name in results}
     for name, row in sorted(results.items(), key=lambda one: depths[one[0]]):
         groups.setdefault(_label(name), []).append(row)
     merged = {}
@@ -38,7 +42,6 @@ def _merged(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def table(name: str, result: dict[str, Any]) -> str:
     """Markdown of one set."""
-    gain = result["gain_over_no_teacher"]
     lines = [
         f"## {name}",
         "",
@@ -57,12 +60,15 @@ def table(name: str, result: dict[str, Any]) -> str:
             f"| {label}{seeds} | {row['macro_f1']:.4f} | {before} | "
             f"{row['kept']:.1%} | {latency} | {row['bytes'] / 1e6:.1f} |"
         )
-    lines += [
-        "",
-        f"With a teacher the student of 2 layers gains {100 * gain['value']:.1f} points "
-        f"(95 % interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}).",
-        "",
-    ]
+    for layers, seeded in result["seeded"].items():
+        gain = seeded["gain_over_no_teacher"]
+        lines += [
+            "",
+            f"{_depth(layers).capitalize()}: {seeded['mean']:.4f} ± {seeded['deviation']:.4f} over seeds; by "
+            f"the teacher gained {100 * gain['value']:.1f} points (95 % interval {100 * gain['low']:+.1f} to "
+            f"{100 * gain['high']:+.1f}).",
+        ]
+    lines.append("")
     return "\n".join(lines)
 
 

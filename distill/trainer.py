@@ -162,14 +162,16 @@ class LossTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer does, but with a learning rate of its own for what is new.
 
-        A head and adapters have further to go than pre-trained weights, which the other rate suits.
+        A head and adapters have further to go than pre-trained weights, which the other rate suits. Without
+        layers nothing does what it was trained for.
         """
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))
+            bare = getattr(self.model.config, "num_hidden_layers", None) == 0
             groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    kind = (is_new(name, self.model.base_model_prefix), name in decayed)
+                    kind = (bare or is_new(name, self.model.base_model_prefix), name in decayed)
                     groups.setdefault(kind, []).append(parameter)
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer(

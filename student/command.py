@@ -43,7 +43,10 @@ class Milliseconds(click.ParamType):
 @click.option("--data", help="The teacher's data, if it has moved [where the teacher read it].")
 @click.option("--student", help="Pre-trained checkpoint to start from [the teacher's own base checkpoint].")
 @click.option(
-    "--layers", type=POSITIVE, help="Keep this many layers, evenly spaced [half, without --student]."
+    "--layers",
+    type=click.IntRange(min=0),
+    help="Keep this many layers, evenly spaced; 0 for the mean of its token embeddings [half, without "
+    "--student].",
 )
 @click.option(
     "--intermediate-size",

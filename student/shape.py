@@ -47,7 +47,7 @@ class Goal:
 
 def choose_layers(
     build: Callable[[int], Any],
-    total: int,
+    depths: range,
     tokenizer: Any,
     labels: list[str],
     texts: Sequence[Any],
@@ -58,7 +58,7 @@ def choose_layers(
 
     Args:
         build: makes the student with so many layers.
-        total: the most layers it may have.
+        depths: how many layers it may have.
         tokenizer: its tokenizer.
         labels: label names.
         texts: to time, of validation; some of them are taken.
@@ -66,7 +66,7 @@ def choose_layers(
         teacher: folder of `distill train-teacher`, timed in the same turns.
 
     Raises:
-        DistillError: if one layer is not fast enough; it says how fast that is.
+        DistillError: if the fewest layers are not fast enough; it says how fast they are.
     """
     sample = texts[:: max(1, len(texts) // TEXTS)][:TEXTS]
     with _one_thread():
@@ -78,18 +78,18 @@ def choose_layers(
                     build(layers), tokenizer, labels, Path(folder), isinstance(texts[0], tuple)
                 )
                 found = measure({**slow, "student": lambda text: candidate([text])}, sample)
-            logger.info("  %d of %d layers: %s", layers, total, _tell(found))
+            logger.info("  %d of %d layers: %s", layers, depths[-1], _tell(found))
             return found.get("teacher"), found["student"]
 
         logger.info("%s: the most layers that are fast enough, in INT8 on one thread of %s", goal, cpu_name())
-        chosen = _most(total, time_of, goal)
-        logger.info("%s: %d of %d layers", goal, chosen, total)
+        chosen = _most(depths, time_of, goal)
+        logger.info("%s: %d of %d layers", goal, chosen, depths[-1])
         return chosen
 
 
-def _most(total: int, time_of: Callable[[int], tuple[float | None, float]], goal: Goal) -> int:
+def _most(depths: range, time_of: Callable[[int], tuple[float | None, float]], goal: Goal) -> int:
     """Bisect: fewer layers are faster."""
-    low, high = 0, total
+    low, high = depths[0] - 1, depths[-1]
     while low < high:
         layers = (low + high + 1) // 2
         found = time_of(layers)
@@ -97,20 +97,22 @@ def _most(total: int, time_of: Callable[[int], tuple[float | None, float]], goal
             low = layers
         else:
             high = layers - 1
-    if low == 0:
+    if low < depths[0]:
+        narrower = ", or give a smaller --intermediate-size" if depths[0] else ""
         raise DistillError(
-            f"{goal}: {_reached(*found)} on this machine, or give a smaller --intermediate-size, or "
-            "start from a narrower checkpoint with --student"
+            f"{goal}: {_reached(depths[0], *found)} on this machine{narrower}, or start from a narrower "
+            "checkpoint with --student"
         )
     return low
 
 
-def _reached(teacher: float | None, student: float) -> str:
-    """What one layer does, rounded so that it can be had."""
+def _reached(layers: int, teacher: float | None, student: float) -> str:
+    """What the fewest layers do, rounded so that it can be had."""
+    few = "with one layer" if layers else "without layers"
     if teacher is None:
-        return f"with one layer a text takes {student:.2f} ms; allow {math.ceil(100 * student) / 100:.2f}ms"
+        return f"{few} a text takes {student:.2f} ms; allow {math.ceil(100 * student) / 100:.2f}ms"
     times = math.floor(teacher / student)
-    return f"with one layer this student is {times} times as fast as the teacher; ask for no more than that"
+    return f"{few} this student is {times} times as fast as the teacher; ask for no more than that"
 
 
 def _tell(found: dict[str, float]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from distill.student.architecture import cut_positions, keep_layers
+from distill.student.architecture import average_tokens, cut_positions, keep_layers
 from distill.student.checks import check_options
 from distill.student.corpus import in_windows, unlabeled_text, with_soft_labels
 from distill.student.losses import distillation_loss, hard_label_loss
@@ -85,32 +85,45 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
     texts = texts_of(corpus) if options.intermediate_size is not None else []
 
     def build(layers: int | None, texts: list[Any] = texts) -> Any:
+        if layers == 0:
+            return average_tokens(model, tokenizer)
         built = model if layers is None else keep_layers(model, layers)
         if options.intermediate_size is not None:
             built = keep_neurons(built, options.intermediate_size, texts, tokenizer)
         return built
 
-    layers = options.layers
+    layers, least = options.layers, 0
+    if data.columns.text_pair or options.intermediate_size is not None:
+        least = 1
+        if layers == 0:
+            raise DistillError(
+                "--layers 0: a mean of tokens cannot tell the two texts of a pair apart; give at least 1"
+            )
     if options.speedup or options.latency_budget:
         goal = Goal(options.speedup, options.latency_budget)
         timed = texts_of(data.splits["validation"])
-        total = model.config.num_hidden_layers
         # A resumed run goes on with what was measured first.
-        layers = recorded_recipe(options).get("layers_kept") or once(
-            partial(
-                choose_layers,
-                partial(build, texts=texts[:1]),  # which neurons stay does not matter to speed
-                total,
-                tokenizer,
-                teacher.labels,
-                timed,
-                goal,
-                options.teacher,
+        layers = recorded_recipe(options).get("layers_kept")
+        if layers is None:
+            layers = once(
+                partial(
+                    choose_layers,
+                    partial(build, texts=texts[:1]),  # which neurons stay does not matter to speed
+                    range(least, model.config.num_hidden_layers + 1),
+                    tokenizer,
+                    teacher.labels,
+                    timed,
+                    goal,
+                    options.teacher,
+                )
             )
-        )
     elif layers is None and options.student is None:
         layers = max(1, model.config.num_hidden_layers // 2)
-    return cut_positions(build(layers), tokenizer.model_max_length), tokenizer
+    built = cut_positions(build(layers), tokenizer.model_max_length)
+    if layers == 0:  # it does not read which text of a pair a token is of
+        names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    return built, tokenizer
 
 
 def _similar_words(folder: Path, teacher: Manifest, corpus: Dataset) -> dict[str, tuple[str, ...]]:

@@ -88,3 +88,10 @@ def test_what_was_saved_at_the_export_is_what_the_bundle_answers(runs):
 
 def test_the_card_of_the_bundle_shows_a_pair(runs):
     assert 'classifier.predict([("a text", "another one")])' in (runs / "export" / "README.md").read_text()
+
+
+def test_a_mean_of_tokens_cannot_tell_two_texts_apart(runs, tmp_path):
+    with pytest.raises(
+        DistillError, match="--layers 0: a mean of tokens cannot tell the two texts of a pair"
+    ):
+        train_student(StudentOptions(output=tmp_path / "s", teacher=runs / "teacher", layers=0, max_steps=1))

@@ -14,17 +14,26 @@ def test_the_deepest_student_that_is_fast_enough_is_found(speedup, layers):
         tried.append(layers)
         return 60.0, 0.25 * layers
 
-    assert _most(6, time_of, Goal(speedup=speedup)) == layers
+    assert _most(range(1, 7), time_of, Goal(speedup=speedup)) == layers
     assert len(tried) <= 3
 
 
 def test_a_goal_out_of_reach_is_refused_with_what_is_in_reach():
     with pytest.raises(DistillError, match="--speedup 400: with one layer this student is 300 times as fast"):
-        _most(6, lambda layers: (60.0, 0.2 * layers), Goal(speedup=400))
+        _most(range(1, 7), lambda layers: (60.0, 0.2 * layers), Goal(speedup=400))
     with pytest.raises(
         DistillError, match="--latency-budget 0.1ms: with one layer a text takes 0.20 ms; allow 0.20ms"
     ):
-        _most(6, lambda layers: (None, 0.2 * layers), Goal(milliseconds=0.1))
+        _most(range(1, 7), lambda layers: (None, 0.2 * layers), Goal(milliseconds=0.1))
+    with pytest.raises(
+        DistillError, match="--latency-budget 0.01ms: without layers a text takes 0.05 ms; allow 0.05ms"
+    ):
+        _most(range(7), lambda layers: (None, 0.05 + 0.2 * layers), Goal(milliseconds=0.01))
+
+
+def test_no_layers_are_the_last_resort():
+    assert _most(range(7), lambda layers: (60.0, 0.05 + 0.2 * layers), Goal(speedup=400)) == 0
+    assert _most(range(7), lambda layers: (60.0, 0.05 + 0.2 * layers), Goal(speedup=200)) == 1
 
 
 def _train(run, chain, tmp_path, *options):
@@ -44,7 +53,7 @@ def test_a_goal_that_all_layers_meet_keeps_them(run, chain, tmp_path, options):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (("--speedup", 1e9), "--speedup 1e+09: with one layer this student is"),
+        (("--speedup", 1e9), "--speedup 1e+09: without layers this student is"),
         (("--layers", 1, "--speedup", 2), "--speedup: chooses the number of layers, as --layers does"),
         (
             ("--latency-budget", 1, "--speedup", 2),
@@ -74,4 +83,9 @@ def test_a_pair_is_timed_as_one_text(checkpoint, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_hidden_layers=1)
     pairs = [("a question", "an answer")]
     goal = Goal(milliseconds=1e6)
-    assert choose_layers(lambda layers: model, 1, make_tokenizer(), ["no", "yes"], pairs, goal, tmp_path) == 1
+    assert (
+        choose_layers(
+            lambda layers: model, range(1, 2), make_tokenizer(), ["no", "yes"], pairs, goal, tmp_path
+        )
+        == 1
+    )

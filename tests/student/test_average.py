@@ -1,0 +1,130 @@
+"""A student without layers: from the checkpoint's token embeddings to its bundle."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import make_configs, make_tokenizer
+from distill.export.bundle import ExportOptions
+from distill.student.architecture import average_tokens
+from distill.student.training import StudentOptions
+from distill.student.vocabulary import trim_vocabulary
+from torch.nn import functional as F
+
+from distill import Classifier, export_student, train_student
+from distill.data import load_data
+from distill.models import load_model, load_tokenizer, text_logits
+from distill.predictions import read_predictions
+
+FAMILIES = make_configs(layers=2)
+TEXTS = ["the food was great", "bad", "service, great service and terrible food", ""]
+
+
+def _average(config):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    model.resize_token_embeddings(len(make_tokenizer()))
+    return average_tokens(model, make_tokenizer()).eval(), model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_starts_from_the_token_embeddings_and_loads_as_it_was_saved(family, tmp_path):
+    student, model = _average(FAMILIES[family])
+    table = student.get_input_embeddings()
+    torch.testing.assert_close(table.weight, model.get_input_embeddings().weight)
+    table.weight.data[0] += 1
+    torch.testing.assert_close(model.get_input_embeddings().weight[0], table.weight[0] - 1)  # a copy
+    student.save_pretrained(tmp_path)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert again.config.num_labels == 3 and again.config.num_hidden_layers == 0
+    ids = torch.arange(5, 25).reshape(2, 10)
+    torch.testing.assert_close(again(input_ids=ids).logits, student(input_ids=ids).logits)
+
+
+def test_its_logits_are_those_of_the_formula():
+    student, _ = _average(FAMILIES["bert"])
+    student = student.double()
+    for name, parameter in student.named_parameters():
+        if "norm" in name or "bias" in name:
+            parameter.data.normal_()
+    ids = torch.tensor([[1, 7, 7, 9, 2, 0, 0]])
+    found = student(input_ids=ids, attention_mask=torch.tensor([[1, 1, 1, 1, 1, 0, 0]])).logits
+    weights = student.state_dict()
+
+    def norm(values, name):
+        return F.layer_norm(values, (32,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-5)
+
+    tokens = weights["model.embeddings.tok_embeddings.weight"][ids[0, :5]]
+    mean = norm(norm(tokens, "model.embeddings.norm"), "model.final_norm").mean(dim=0)
+    hidden = norm(F.gelu(mean @ weights["head.dense.weight"].T + weights["head.dense.bias"]), "head.norm")
+    torch.testing.assert_close(found[0], hidden @ weights["classifier.weight"].T + weights["classifier.bias"])
+
+
+def test_a_trimmed_vocabulary_keeps_its_answers():
+    student, _ = _average(FAMILIES["mpnet"])
+    texts, tokenizer = TEXTS[:3], make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    before = text_logits(student, tokenizer, texts, "cpu", "fp32")
+    smaller = trim_vocabulary(student, tokenizer, texts)
+    assert len(smaller) < len(tokenizer)
+    np.testing.assert_allclose(text_logits(student, smaller, texts, "cpu", "fp32"), before, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def student(chain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("average") / "student"
+    train_student(
+        StudentOptions(output=folder, teacher=chain.teacher, layers=0, vocabulary=0, precision="fp32",
+                       epochs=6, batch_size=16, learning_rate=1e-3)
+    )  # fmt: skip
+    return folder
+
+
+def test_it_learns_and_is_read_from_its_folder_as_it_was_trained(student, chain):
+    manifest = json.loads((student / "distill.json").read_text())
+    assert manifest["details"]["layers"] == 0
+    assert manifest["metrics"]["validation"]["macro_f1"] > 0.8
+    model, tokenizer = load_model(str(student), manifest["labels"]), load_tokenizer(str(student), 64)
+    assert "token_type_ids" not in tokenizer(TEXTS[0])
+    known = read_predictions(student, "validation")["student"]
+    by_id = dict(zip(known.ids, known.logits, strict=True))
+    validation = load_data(str(chain.data), quiet=True).splits["validation"]
+    found = text_logits(model.eval(), tokenizer, list(validation["text"]), "cpu", "fp32")
+    np.testing.assert_allclose(found, [by_id[one] for one in validation["id"]], atol=1e-4)
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_its_bundle_answers_as_it_does(student, provider, tmp_path):
+    options = ExportOptions(student, tmp_path / "b", provider=(provider,), int8=True, max_drop=100.0)
+    manifest = export_student(options)
+    model, tokenizer = load_model(str(student), manifest.labels), load_tokenizer(str(student), 64)
+    expected = text_logits(model.eval(), tokenizer, TEXTS, "cpu", "fp32")
+    plain = Classifier(tmp_path / "b", provider="cpu", file="onnx/model.onnx", calibrated=False)
+    np.testing.assert_allclose(plain.predict_logits(TEXTS), expected, atol=1e-4)
+    if provider == "cpu":
+        quantized = Classifier(tmp_path / "b", provider="cpu", calibrated=False)
+        np.testing.assert_allclose(quantized.predict_logits(TEXTS), expected, atol=0.2)
+
+
+def test_a_speed_that_no_layer_has_takes_none(chain, tmp_path, monkeypatch):
+    from distill.student import shape
+
+    monkeypatch.setattr(shape, "measure", lambda subjects, sample: {"student": float(depths.pop(0))})
+    depths = [9, 0.1, 9]  # of 2, 0 and 1 layers
+    options = StudentOptions(output=tmp_path / "s", teacher=chain.teacher, latency_budget=0.5, max_steps=1)
+    assert train_student(options).details["layers"] == 0 and not depths
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--layers", 0, "--intermediate-size", 8), "--intermediate-size: without layers there are no"),
+        (("--layers", -1), "-1 is not in the range x>=0"),
+    ],
+)
+def test_what_it_cannot_have_is_one_line(run, chain, tmp_path, options, line):
+    done = run("train-student", "--teacher", chain.teacher, "--output", tmp_path / "s", *options)
+    assert done.exit_code and line in done.output and "Traceback" not in done.output
+    assert not any(tmp_path.iterdir())
