@@ -19,7 +19,6 @@ import numpy as np
 import onnx
 import peers
 import pyarrow.csv
-from optimum.onnxruntime import ORTQuantizer
 
 from distill import Classifier
 from distill.bundle import open_bundle
@@ -33,6 +32,8 @@ TIMED = 100
 
 def with_optimum(model: Path, target: Path, reduce_range: bool) -> None:
     """Quantize with Optimum's dynamic preset, per channel."""
+    from optimum.onnxruntime import ORTQuantizer
+
     setting = peers.optimums_preset()
     setting.reduce_range = reduce_range
     with tempfile.TemporaryDirectory() as scratch:

@@ -48,7 +48,7 @@ def write_int8(
 
     Returns:
         What the manifest keeps: the chosen setting, its distance from fp32 if rounding together brought it
-        nearer, and all trials.
+        nearer (on text that it was fitted to in part), and all trials.
 
     Raises:
         DistillError: if no setting can quantize the graph, or none keeps `max_drop`.
@@ -153,15 +153,17 @@ class _Trials:
             return
         path, source = self.candidates[setting], self.source[setting]
         graph, quantized = onnx.load(source), onnx.load(path)
-        if source not in self.moments:
-            self.moments[source] = moments(observe(self.draft, graph), dynamic_uint8)
-        round_weights(quantized, products(graph), self.moments[source], setting.paired)
+        if source not in self.moments:  # those of one graph alone: of wide layers they are large
+            self.moments = {source: moments(observe(self.draft, graph), dynamic_uint8)}
+        round_weights(quantized, products(graph), self.moments[source])
         trial = path.with_suffix(".rounded.onnx")
         onnx.save(quantized, trial)
         before, after = self.difference(path), self.difference(trial)
-        logger.info("INT8 (%s): logits off by %.3f with weights rounded together", setting, after)
-        self.rounded[setting] = after if after < before else None
-        if after < before:
+        nearer = after < before
+        kept = "" if nearer else ": not kept"
+        logger.info("INT8 (%s): logits off by %.3f with weights rounded together%s", setting, after, kept)
+        self.rounded[setting] = after if nearer else None
+        if nearer:
             trial.replace(path)
 
 

@@ -161,7 +161,7 @@ def _rounded(
     inputs = scales.astype(np.float64)
     rows = matrix * inputs[:, None]
     steps = (np.maximum(np.abs(rows).max(axis=0), 1e-12) / 127).astype(np.float32)
-    bias = bias_of(model.graph, product)
+    bias = bias_of(model.graph, product, matrix.shape[1])
     second = moments.covariance if bias else moments.second()
     weights = round_together(rows, steps, second / np.outer(inputs, inputs), -127, 127)
     if bias:

@@ -37,8 +37,10 @@ def observe(draft: Draft, model: onnx.ModelProto) -> Iterator[tuple[str, Rows]]:
     exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     path = draft.folder / "onnx" / "observed.onnx"
     onnx.save(exposed, path)
-    classifier = draft.open(path)
-    path.unlink()
+    try:
+        classifier = draft.open(path)
+    finally:
+        path.unlink()
     texts, tokens = draft.texts["validation"], 0
     for number in np.random.default_rng(0).permutation(len(texts))[:TEXTS]:
         found = [values.reshape(-1, values.shape[-1]) for values in classifier.outputs(texts[number])[1:]]

@@ -15,7 +15,6 @@ from distill.export.surgery import attributes, replace_nodes
 from onnx import TensorProto, helper, numpy_helper
 
 from distill.errors import DistillError
-from distill.latency import cpu_has_vnni
 
 logger = logging.getLogger(__name__)
 MIN_ROWS = 1000  # of an embedding table worth quantizing
@@ -24,13 +23,14 @@ ABOUT_AS_FAST = 1.1  # a tenth of the time is not worth a multiple of the error
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to quantize. Weights INT8; activations are quantized dynamically to UINT8."""
+    """One way to quantize. Weights INT8; activations are quantized dynamically to UINT8.
+
+    Signed weights are bounded in pairs (`rounding`), so that a file answers the same on every CPU.
+    """
 
     fused: bool = False
     per_channel: bool = True
     weight_type: str = "QInt8"
-    paired: bool = False
-    """Let no two neighbouring weights overflow 16 bits (`rounding`), where INT8 is summed in pairs."""
     attention: bool = False
     """Quantize the products of activations in attention too, not only those with constant weights."""
     smooth: bool = False
@@ -38,24 +38,20 @@ class Setting:
 
     def __str__(self) -> str:
         parts = [self.weight_type, "per channel" if self.per_channel else "per tensor"]
-        parts += [name for name in ("fused", "paired", "attention", "smooth") if getattr(self, name)]
+        parts += [name for name in ("fused", "attention", "smooth") if getattr(self, name)]
         return ", ".join(parts)
 
 
-def settings(fusion: bool, vnni: bool | None = None) -> list[Setting]:
-    """List the settings worth trying on this CPU.
-
-    Without VNNI, UINT8 x INT8 products are summed in pairs in 16 bits and may saturate (onnxruntime#6545).
-    """
-    paired = not (cpu_has_vnni() if vnni is None else vnni)
+def settings(fusion: bool) -> list[Setting]:
+    """List the settings worth trying."""
     return [
         setting
         for fused in ((False, True) if fusion else (False,))
         for setting in (
-            Setting(fused, paired=paired),
-            Setting(fused, paired=paired, smooth=True),
+            Setting(fused),
+            Setting(fused, smooth=True),
             Setting(fused, per_channel=False, weight_type="QUInt8"),
-            Setting(fused, paired=paired, attention=True),
+            Setting(fused, attention=True),
         )
     ]
 
@@ -89,6 +85,7 @@ def quantize(model: Path, target: Path, setting: Setting) -> None:
     """Write `model` with dynamic INT8 matrix products, and INT8 embedding tables."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    signed = setting.weight_type == "QInt8"
     with quiet():
         quantize_dynamic(
             model,
@@ -96,7 +93,7 @@ def quantize(model: Path, target: Path, setting: Setting) -> None:
             op_types_to_quantize=["MatMul", "Gemm", "Attention"],
             nodes_to_exclude=[node.name for node in _by_head(onnx.load(model, load_external_data=False))],
             per_channel=setting.per_channel,
-            reduce_range=setting.paired,  # 7 bits for what `bound_pairs` does not know
+            reduce_range=signed,  # 7 bits for what `bound_pairs` does not know
             weight_type=QuantType[setting.weight_type],
             extra_options={
                 "MatMulConstBOnly": not setting.attention,
@@ -105,7 +102,7 @@ def quantize(model: Path, target: Path, setting: Setting) -> None:
             },
         )
     quantized = onnx.load(target)
-    if setting.paired:
+    if signed:
         bound_pairs(quantized, products(onnx.load(model)))
     _quantize_tables(quantized)
     _store_heads(quantized)

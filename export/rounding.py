@@ -7,10 +7,10 @@ are left, by the inverse of the inputs' covariance. What INT8 then shifts on ave
 a constant that is taken off the bias (Nagel et al. 2019, https://arxiv.org/abs/1906.04721, section 4.2). Both
 cost nothing when the model runs.
 
-Without VNNI a CPU adds the products of two neighbouring input channels in 16 bits, which 255 * 127 * 2 do not
-fit (onnxruntime#6545). Weights of 7 bits are the usual way out; but it is enough that no two neighbours, of
-the same sign, come to more than 128 steps together. Few weights are so large, so that steps need not be twice
-as long.
+A CPU without VNNI adds the products of two neighbouring input channels in 16 bits, which 255 * 127 * 2 do not
+fit (onnxruntime#6545), and a file may be opened on another CPU than the one that made it. Weights of 7 bits
+are the usual way out; but it is enough that no two neighbours, of the same sign, come to more than 128 steps
+together. Few weights are so large, so that steps need not be twice as long.
 """
 
 from collections import defaultdict
@@ -157,16 +157,15 @@ def bound_pairs(quantized: onnx.ModelProto, products: Products) -> None:
                 constants[f"{name}_{part}"].CopyFrom(numpy_helper.from_array(values, f"{name}_{part}"))
 
 
-def round_weights(
-    quantized: onnx.ModelProto, products: Products, found: Mapping[str, Moments], paired: bool = False
-) -> None:
+def round_weights(quantized: onnx.ModelProto, products: Products, found: Mapping[str, Moments]) -> None:
     """Round the weights of a dynamically quantized graph together, and correct the biases behind them.
+
+    Signed ones stay within `PAIR`, as `bound_pairs` left them.
 
     Args:
         quantized: the graph, changed in place; scales stay as they are.
         products: those of the fp32 graph that it was made from, and their matrices.
         found: moments of what they read, by tensor.
-        paired: keep neighbours within `PAIR`, as `bound_pairs` left them.
     """
     constants = {entry.name: entry for entry in quantized.graph.initializer}
     users: dict[str, Products] = defaultdict(list)
@@ -177,8 +176,9 @@ def round_weights(
         parts = (constants[f"{name}_{part}"] for part in ("quantized", "scale", "zero_point"))
         stored, scale, zero = map(numpy_helper.to_array, parts)
         matrix, steps, offset = nodes[0][1], scale.astype(np.float64), zero.astype(np.float64)
+        paired = stored.dtype == np.int8
         low, high = (-127, 127) if paired else (int(stored.min()), int(stored.max()))
-        biases = [bias_of(quantized.graph, node.output[0]) for node, _ in nodes]
+        biases = [bias_of(quantized.graph, node.output[0], matrix.shape[1]) for node, _ in nodes]
         seconds = [
             found[node.input[0]].covariance if bias else found[node.input[0]].second()
             for (node, _), bias in zip(nodes, biases, strict=True)
@@ -193,9 +193,17 @@ def round_weights(
                 shift_bias(quantized.graph, bias, found[node.input[0]], matrix, (rounded - offset) * steps)
 
 
-def bias_of(graph: onnx.GraphProto, product: str) -> tuple[onnx.NodeProto, int] | None:
-    """The node that adds a constant row to a product, and which of its inputs that is; None without one."""
-    constants = {entry.name for entry in graph.initializer if len(entry.dims) == 1}
+def bias_of(graph: onnx.GraphProto, product: str, width: int) -> tuple[onnx.NodeProto, int] | None:
+    """The node that adds a constant row to a product, and which of its inputs that is; None without one.
+
+    Args:
+        graph: where both are.
+        product: what the product is called.
+        width: its output channels.
+    """
+    constants = {entry.name for entry in graph.initializer if list(entry.dims) in ([1], [width])}
+    if any(product == output.name for output in graph.output):
+        return None
     for node in graph.node:
         if node.output[0] == product and node.op_type in ("Attention", "QAttention"):
             return (node, 2) if node.input[2] in constants else None
@@ -217,6 +225,8 @@ def shift_bias(
 ) -> None:
     """Add to a bias what INT8 takes from its product on average; others that share the bias keep theirs.
 
+    It stays as it is where the moments are no numbers.
+
     Args:
         graph: changed in place.
         bias: as `bias_of` gives it.
@@ -228,7 +238,9 @@ def shift_bias(
     old = next(entry for entry in graph.initializer if entry.name == node.input[place])
     row = numpy_helper.to_array(old)
     lost = moments.mean @ matrix - moments.quantized_mean @ kept
-    name = f"{node.output[0]}_shifted_bias"
+    if not np.isfinite(lost).all():
+        return
+    name = f"{old.name}_shifted_for_{node.output[0]}"
     graph.initializer.append(numpy_helper.from_array((row + lost).astype(row.dtype), name))
     node.input[place] = name
     if not any(old.name in other.input for other in graph.node):

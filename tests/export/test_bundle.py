@@ -77,7 +77,7 @@ def test_of_the_slower_order_of_fusion_and_quantization_one_setting_alone_is_mad
     options = ExportOptions(student=chain.student, output=tmp_path / "b", int8=True, max_drop=100.0)
     trials = export_student(options).details["int8"]["trials"]
     assert [trial["setting"]["fused"] for trial in trials if "latency_ms" in trial].count(False) == 1
-    assert sum(trial["setting"]["fused"] for trial in trials) >= 4
+    assert sum(trial["setting"]["fused"] for trial in trials) >= 3
 
 
 def test_the_other_settings_of_the_slower_order_are_made_where_none_of_the_faster_one_holds(

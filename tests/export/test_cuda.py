@@ -1,5 +1,6 @@
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import make_configs
 from distill.export import cuda
@@ -15,6 +16,7 @@ from distill.export.observation import channel_ranges, moments, products
 from distill.export.onnx import default_exporter, fuse, shorten
 from distill.export.placement import off_cuda
 from export.graphs import RIGHT, export_tiny, run_graph
+from onnx import TensorProto, helper, numpy_helper
 
 from distill import Classifier, export_student
 from distill.artifact import read_manifest
@@ -83,6 +85,34 @@ def test_int8_products_run_on_cuda_alone_and_answer_as_fp32(fused):
     assert off_cuda(quantized) == []
     assert kinds.count("MatMulInteger") >= 8 and "Attention" not in kinds
     np.testing.assert_allclose(_logits(quantized, folder), expected, atol=0.1 * np.abs(expected).max())
+
+
+def test_what_a_moved_zero_adds_is_taken_off_and_the_mean_is_kept(tmp_path):
+    random = np.random.default_rng(0)
+    weights, bias = random.normal(size=(64, 8)).astype(np.float32), np.ones(8, dtype=np.float32)
+    rows = np.abs(random.normal(size=(200, 64))).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["product"], name="product"),
+            helper.make_node("Add", ["product", "bias"], ["y"], name="sum"),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8])],
+        [numpy_helper.from_array(weights, "w"), numpy_helper.from_array(bias, "bias")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    observed = [("x", rows)]
+    grids = static_grids(model, channel_ranges(observed))
+    assert grids["x"].zero < -100
+    quantized = quantize_static(
+        model, grids, moments(observed, lambda name, values: grids[name].values(values))
+    )
+    onnx.save(quantized, tmp_path / "q.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "q.onnx", providers=["CPUExecutionProvider"])
+    found, expected = session.run(None, {"x": rows})[0], rows @ weights + bias
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+    np.testing.assert_allclose(found.mean(axis=0), expected.mean(axis=0), atol=6e-3)  # FP16 of 8 to 16
 
 
 @optimums_graph

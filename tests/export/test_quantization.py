@@ -69,16 +69,12 @@ def test_when_no_setting_holds_the_error_says_by_how_much(candidates):
         _choose(candidates, {FAST: 0.70, NEAR: 0.70, MIDDLE: 0.76, SLOW: 0.75})
 
 
-def test_pairs_are_bounded_only_where_the_cpu_lacks_vnni():
-    assert not any(setting.paired for setting in settings(fusion=True, vnni=True))
-    assert all(
-        setting.paired == (setting.weight_type == "QInt8") for setting in settings(fusion=True, vnni=False)
-    )
+def test_settings_differ_and_are_of_graphs_that_there_are():
     assert len(settings(True)) == len(set(settings(True)))
     assert not any(setting.fused for setting in settings(fusion=False))
 
 
-@pytest.mark.parametrize("setting", settings(fusion=False, vnni=False), ids=str)
+@pytest.mark.parametrize("setting", settings(fusion=False), ids=str)
 def test_every_setting_quantizes_the_embedding_table_too(chain, tmp_path, setting, monkeypatch):
     monkeypatch.setattr(quantization, "MIN_ROWS", 20)
     quantize(chain.export / "onnx" / "model.onnx", tmp_path / "q.onnx", setting)
