@@ -46,8 +46,7 @@ SEEDS = (1, 2, 3)
 FAST = ("--learning-rate", "3e-4", "--batch-size", "64")
 AUGMENT, EPOCHS = 40_000, 5
 RECIPE = ("--augment", str(AUGMENT), "--epochs", str(EPOCHS), *FAST)
-SEEDED = (0, 2)  # layers of the students that all seeds make, with the teacher and without
-LAYERS = (1, 3, 6)  # of others, with one seed
+SEEDED, LAYERS = (0, 2), (1, 3, 6)  # layers of the students
 BESIDE = 2  # students that train at the same time
 TIMED = 60
 INT8 = "onnx/model_quantized.onnx"
@@ -67,10 +66,10 @@ def _alone() -> tuple[str, ...]:
     return ("--alpha", "0", "--epochs", str(round(EPOCHS * (1 + AUGMENT / rows))), *FAST)
 
 
-def _students(depths: Sequence[int]) -> dict[str, tuple[str, ...]]:
+def _students(seeded: Sequence[int], depths: Sequence[int]) -> dict[str, tuple[str, ...]]:
     """Folder of every student, and the options that make it."""
     found = {}
-    for layers in SEEDED:
+    for layers in seeded:
         for seed in SEEDS:
             shape = ("--layers", str(layers), "--seed", str(seed))
             found[f"{layers}_layers_seed{seed}"] = (*shape, *RECIPE)
@@ -88,11 +87,11 @@ def _has_recipe(name: str, options: tuple[str, ...]) -> bool:
     return all(str(before[key]) == str(wanted[key]) for key in before.keys() - {"output", "student"})
 
 
-def train(data: Path, teacher: str, student: str, depths: Sequence[int]) -> None:
+def train(data: Path, teacher: str, student: str, seeded: Sequence[int], depths: Sequence[int]) -> None:
     """Train and export whatever is not there yet."""
     if not Path("runs/teacher").is_dir():
         _run("train-teacher", "--data", data, "--model", teacher, "--resume")
-    students = _students(depths)
+    students = _students(seeded, depths)
     for name, options in students.items():
         if Path("runs", name).is_dir() and not _has_recipe(name, options):
             for stale in (name, f"{name}_int8"):
@@ -133,7 +132,7 @@ def _peers(data: Data, student: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return classify, rows
 
 
-def evaluate(student: str, depths: Sequence[int]) -> dict[str, Any]:
+def evaluate(student: str, seeded: Sequence[int], depths: Sequence[int]) -> dict[str, Any]:
     """Test scores, sizes and latencies of all versions of one set."""
     manifest = read_manifest(Path("runs/teacher"), "train-teacher")
     data = reload_data(manifest.data, manifest.labels)
@@ -151,7 +150,7 @@ def evaluate(student: str, depths: Sequence[int]) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {"teacher": {}}
     predicted = {"teacher": read_predictions(Path("runs/teacher"), "test")["teacher"].logits.argmax(axis=1)}
     rows["teacher"]["bytes"] = Path("runs/teacher/model.safetensors").stat().st_size
-    for name in _students(depths):
+    for name in _students(seeded, depths):
         folder = Path("runs", f"{name}_int8")
         predicted[name] = read_predictions(folder, "test")["int8"].logits.argmax(axis=1)
         unquantized = read_predictions(Path("runs", name), "test")["student"].logits.argmax(axis=1)
@@ -185,7 +184,7 @@ def evaluate(student: str, depths: Sequence[int]) -> dict[str, Any]:
         "rows": data.manifest()["rows"],
         "classes": classes,
         "results": rows,
-        "seeded": {str(layers): _over_seeds(layers, truth, predicted, rows, classes) for layers in SEEDED},
+        "seeded": {str(layers): _over_seeds(layers, truth, predicted, rows, classes) for layers in seeded},
     }
 
 
@@ -218,11 +217,24 @@ def _over_seeds(
 @click.option("--student", default="sentence-transformers/all-MiniLM-L6-v2", help="Checkpoint.")
 @click.option("--set", "names", multiple=True, default=SETS, help="Sets to run; all when left out.")
 @click.option(
+    "--seeded",
+    type=int,
+    multiple=True,
+    default=SEEDED,
+    help="Depths of students of all seeds, with the teacher and without.",
+)
+@click.option(
     "--layers", "depths", type=int, multiple=True, default=LAYERS, help="Other depths, with one seed."
 )
 @click.option("--work", type=click.Path(path_type=Path), default=Path("pareto"), help="Folder for the runs.")
 def main(
-    data: Path, teacher: str, student: str, names: tuple[str, ...], depths: tuple[int, ...], work: Path
+    data: Path,
+    teacher: str,
+    student: str,
+    names: tuple[str, ...],
+    seeded: tuple[int, ...],
+    depths: tuple[int, ...],
+    work: Path,
 ) -> None:
     """Run the benchmark, set by set."""
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -233,8 +245,8 @@ def main(
         folder = work / name
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
-        train(data / name, teacher, student, depths)
-        result = evaluate(student, depths)
+        train(data / name, teacher, student, seeded, depths)
+        result = evaluate(student, seeded, depths)
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         click.echo(json.dumps(result, indent=2))
 
