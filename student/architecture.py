@@ -66,7 +66,7 @@ def keep_layers(model: Any, keep: int) -> Any:
     return with_weights(config, weights, unknown)
 
 
-def average_tokens(model: Any, tokenizer: Any) -> Any:
+def average_tokens(model: Any, tokenizer: Any, dropout: float = 0.0) -> Any:
     """A sequence classifier without layers: the mean of token embeddings, and a small network that reads it.
 
     Formula: y = W2 norm(gelu(W1 mean_i norm(E[x_i]) + b1)) + b2, of the tokens x_i that are no padding. It is
@@ -76,6 +76,7 @@ def average_tokens(model: Any, tokenizer: Any) -> Any:
     Args:
         model: a sequence classifier; its token embeddings E are where the new one starts, the rest is drawn.
         tokenizer: its tokenizer.
+        dropout: of token embeddings, in training.
     """
     table, old = model.get_input_embeddings(), model.config
     width = table.embedding_dim
@@ -86,6 +87,7 @@ def average_tokens(model: Any, tokenizer: Any) -> Any:
         num_attention_heads=1,
         num_hidden_layers=1,
         classifier_pooling="mean",
+        embedding_dropout=dropout,
         norm_bias=True,
         classifier_bias=True,
         reference_compile=False,

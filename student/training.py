@@ -86,7 +86,7 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
 
     def build(layers: int | None, texts: list[Any] = texts) -> Any:
         if layers == 0:
-            return average_tokens(model, tokenizer)
+            return average_tokens(model, tokenizer, options.dropout or 0.0)
         built = model if layers is None else keep_layers(model, layers)
         if options.intermediate_size is not None:
             built = keep_neurons(built, options.intermediate_size, texts, tokenizer)

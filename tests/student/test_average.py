@@ -62,6 +62,12 @@ def test_its_logits_are_those_of_the_formula():
     torch.testing.assert_close(found[0], hidden @ weights["classifier.weight"].T + weights["classifier.bias"])
 
 
+def test_its_embeddings_are_dropped_out_if_asked():
+    model = transformers.AutoModelForSequenceClassification.from_config(FAMILIES["bert"])
+    assert average_tokens(model, make_tokenizer(), dropout=0.3).model.embeddings.drop.p == 0.3
+    assert average_tokens(model, make_tokenizer()).model.embeddings.drop.p == 0
+
+
 def test_a_trimmed_vocabulary_keeps_its_answers():
     student, _ = _average(FAMILIES["mpnet"])
     texts, tokenizer = TEXTS[:3], make_tokenizer()
