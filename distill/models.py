@@ -24,6 +24,7 @@ from distill.devices import inference, out_of_memory, release
 from distill.encoding import Text, encode, read_long_texts
 from distill.errors import DistillError
 from distill.first_token import first_token_only
+from distill.idle_layers import idle_layers_left_out
 from distill.long_texts import HEAD, pooled
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def batched_logits(
     order = np.argsort(-lengths, kind="stable")
     logits = np.empty((len(lengths), model.config.num_labels), dtype=np.float32)
     start = 0
-    with first_token_only(model), inference(device, precision):
+    with first_token_only(model), idle_layers_left_out(model), inference(device, precision):
         while start < len(order):
             rows = order[start : start + max(1, batch_tokens // max(1, int(lengths[order[start]])))]
             batch = tokenizer.pad(inputs(rows), return_tensors="pt")

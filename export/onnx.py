@@ -11,8 +11,10 @@ from typing import Any
 import onnx
 import torch
 import transformers
+from distill.export.idle_layers import drop_idle_layers
 from distill.export.one_query import attend_from_first_token
 from distill.export.pooling import keep_first_token
+from onnx import TensorProto
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distill.errors import DistillError
@@ -63,7 +65,12 @@ def export_fp32(student: Path, folder: Path, exporter: str | None = None) -> Pat
     except Exception as error:  # the exporters raise many kinds
         reason = " ".join(str(error).split())[:200]
         raise DistillError(f"--student {student}: {exporter} cannot export it: {reason}") from error
-    return folder / "model.onnx"
+    path = folder / "model.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    whole = all(entry.data_location != TensorProto.EXTERNAL for entry in graph.graph.initializer)
+    if whole and drop_idle_layers(graph):
+        onnx.save(graph, path)
+    return path
 
 
 def _with_optimum(student: Path, folder: Path) -> None:

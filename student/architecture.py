@@ -71,7 +71,8 @@ def average_tokens(model: Any, tokenizer: Any, dropout: float = 0.0) -> Any:
 
     Formula: y = W2 norm(gelu(W1 mean_i norm(E[x_i]) + b1)) + b2, of the tokens x_i that are no padding. It is
     a deep averaging network (Iyyer et al. 2015, https://aclanthology.org/P15-1162) and knows nothing of
-    order; written as a ModernBERT of no layers, so that whatever reads transformers' checkpoints reads it.
+    order; written as a ModernBERT whose one layer adds nothing (`idle_layers`), so that whatever reads
+    transformers' checkpoints reads it.
 
     Args:
         model: a sequence classifier; its token embeddings E are where the new one starts, the rest is drawn.
@@ -83,7 +84,7 @@ def average_tokens(model: Any, tokenizer: Any, dropout: float = 0.0) -> Any:
     config = ModernBertConfig(
         vocab_size=table.num_embeddings,
         hidden_size=width,
-        intermediate_size=width,
+        intermediate_size=1,
         num_attention_heads=1,
         num_hidden_layers=1,
         classifier_pooling="mean",
@@ -99,10 +100,9 @@ def average_tokens(model: Any, tokenizer: Any, dropout: float = 0.0) -> Any:
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL},
     )
     student = AutoModelForSequenceClassification.from_config(config)
-    # A configuration of no layers could not draw weights: their spread is by the number of layers.
-    student.model.layers, student.config.num_hidden_layers = torch.nn.ModuleList(), 0
-    student.config.layer_types = []
     with torch.no_grad():
+        for weight in student.model.layers.parameters():
+            weight.zero_().requires_grad_(False)
         student.get_input_embeddings().weight.copy_(table.weight)
     return student
 

@@ -33,6 +33,7 @@ from distill.data import Data, reload_data, texts_of
 from distill.devices import choose_device, choose_precision
 from distill.encoding import way_of
 from distill.errors import DistillError
+from distill.idle_layers import depth
 from distill.long_texts import WINDOWS
 from distill.models import count_parameters, load_model, load_tokenizer
 from distill.options import budget_of
@@ -180,7 +181,7 @@ def _fit(options: StudentOptions) -> _Fitted:
     parent = manifest_hash(options.teacher)
     recipe = {
         **options.recipe(),
-        "layers_kept": int(model.config.num_hidden_layers),
+        "layers_kept": depth(model),
         "teacher_hash": parent,
         "data_fingerprint": data.fingerprint,
         "corpus_fingerprint": hashlib.sha256("".join(corpus["id"]).encode()).hexdigest(),
@@ -264,7 +265,7 @@ def train_student(options: StudentOptions) -> Manifest:
         precision=trained.precision,
         wall_seconds=round(time.monotonic() - started, 1),
         details={
-            "layers": int(trained.model.config.num_hidden_layers),
+            "layers": depth(trained.model),
             "vocabulary": len(tokenizer),
             "teacher_temperature": fitted.teacher_temperature,
             "steps": trained.steps(),

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
@@ -11,10 +12,12 @@ from distill.export.bundle import ExportOptions
 from distill.student.architecture import average_tokens
 from distill.student.training import StudentOptions
 from distill.student.vocabulary import trim_vocabulary
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from distill import Classifier, export_student, train_student
 from distill.data import load_data
+from distill.idle_layers import depth, idle_layers_left_out
 from distill.models import load_model, load_tokenizer, text_logits
 from distill.predictions import read_predictions
 
@@ -38,7 +41,7 @@ def test_it_starts_from_the_token_embeddings_and_loads_as_it_was_saved(family, t
     torch.testing.assert_close(model.get_input_embeddings().weight[0], table.weight[0] - 1)  # a copy
     student.save_pretrained(tmp_path)
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    assert again.config.num_labels == 3 and again.config.num_hidden_layers == 0
+    assert again.config.num_labels == 3 and depth(again) == 0 and depth(model) == 2
     ids = torch.arange(5, 25).reshape(2, 10)
     torch.testing.assert_close(again(input_ids=ids).logits, student(input_ids=ids).logits)
 
@@ -60,6 +63,20 @@ def test_its_logits_are_those_of_the_formula():
     mean = norm(norm(tokens, "model.embeddings.norm"), "model.final_norm").mean(dim=0)
     hidden = norm(F.gelu(mean @ weights["head.dense.weight"].T + weights["head.dense.bias"]), "head.norm")
     torch.testing.assert_close(found[0], hidden @ weights["classifier.weight"].T + weights["classifier.bias"])
+
+
+def test_what_it_leaves_out_changes_nothing_and_comes_back():
+    student, model = _average(FAMILIES["bert"])
+    ids, mask = torch.arange(5, 25).reshape(2, 10), torch.tensor([[1] * 10, [1] * 6 + [0] * 4])
+    for one, layers in ((student, 0), (model.eval(), 2)):
+        before, names = one(input_ids=ids, attention_mask=mask).logits, list(one.state_dict())
+        with idle_layers_left_out(one):
+            torch.testing.assert_close(one(input_ids=ids, attention_mask=mask).logits, before)
+            assert depth(one) == layers
+            assert (list(one.state_dict()) == names) is bool(layers)
+        assert list(one.state_dict()) == names
+    for name, weight in student.named_parameters():
+        assert weight.requires_grad is (".layers." not in name)
 
 
 def test_its_embeddings_are_dropped_out_if_asked():
@@ -91,6 +108,7 @@ def student(chain, tmp_path_factory):
 def test_it_learns_and_is_read_from_its_folder_as_it_was_trained(student, chain):
     manifest = json.loads((student / "distill.json").read_text())
     assert manifest["details"]["layers"] == 0
+    assert any(".layers." in name for name in load_file(student / "model.safetensors"))
     assert manifest["metrics"]["validation"]["macro_f1"] > 0.8
     model, tokenizer = load_model(str(student), manifest["labels"]), load_tokenizer(str(student), 64)
     assert "token_type_ids" not in tokenizer(TEXTS[0])
@@ -107,6 +125,8 @@ def test_its_bundle_answers_as_it_does(student, provider, tmp_path):
     manifest = export_student(options)
     model, tokenizer = load_model(str(student), manifest.labels), load_tokenizer(str(student), 64)
     expected = text_logits(model.eval(), tokenizer, TEXTS, "cpu", "fp32")
+    graph = onnx.load(tmp_path / "b" / "onnx" / "model.onnx").graph
+    assert not {"Softmax", "Transpose", "Sin"} & {node.op_type for node in graph.node}
     plain = Classifier(tmp_path / "b", provider="cpu", file="onnx/model.onnx", calibrated=False)
     np.testing.assert_allclose(plain.predict_logits(TEXTS), expected, atol=1e-4)
     if provider == "cpu":
