@@ -11,16 +11,27 @@ from typing import Any
 
 import torch
 
+from distill.errors import DistillError
+
 
 def depth(model: Any) -> int:
     """How many layers a sequence classifier has, without those that add nothing."""
-    return 0 if _is_idle(model) else int(model.config.num_hidden_layers)
+    return 0 if is_layerless(model) else int(getattr(model.config, "num_hidden_layers", 0))
+
+
+def refuse_pairs(layers: int | None, pairs: bool) -> None:
+    """Refuse to classify pairs of texts without layers."""
+    if layers == 0 and pairs:
+        raise DistillError(
+            "without layers a model is a mean of tokens, which cannot tell the two texts of a pair apart; "
+            "keep at least one layer, of a checkpoint that has some"
+        )
 
 
 @contextmanager
 def idle_layers_left_out(model: Any) -> Iterator[None]:
     """Within it, a sequence classifier does not run layers that add nothing; the logits stay the same."""
-    if not _is_idle(model):
+    if not is_layerless(model):
         yield
         return
     encoder = model.base_model
@@ -31,6 +42,9 @@ def idle_layers_left_out(model: Any) -> Iterator[None]:
         encoder.layers = layers
 
 
-def _is_idle(model: Any) -> bool:
-    layers = (weight for name, weight in model.named_parameters() if ".layers." in name)
+def is_layerless(model: Any) -> bool:
+    """Say whether none of a sequence classifier's layers adds anything, adapters aside."""
+    layers = (
+        weight for name, weight in model.named_parameters() if ".layers." in name and ".lora_" not in name
+    )
     return model.config.model_type == "modernbert" and not any(bool(weight.any()) for weight in layers)

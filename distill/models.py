@@ -254,7 +254,8 @@ def open_pytorch(
     def one(text: Any) -> Any:
         torch.set_num_threads(1)
         columns = encode([text], tokenizer).columns
-        with torch.inference_mode():  # its pieces, if it has several, are of one length, or nearly so
+        # Its pieces, if it has several, are of one length, or nearly so.
+        with torch.inference_mode(), idle_layers_left_out(model):
             return model(**tokenizer.pad(columns, return_tensors="pt")).logits.mean(dim=0, keepdim=True)
 
     def many(texts: list[Any]) -> NDArray[np.float32]:
@@ -265,5 +266,6 @@ def open_pytorch(
 
 
 def count_parameters(model: Any) -> int:
-    """Count all parameters of a PyTorch model."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Count the parameters of a PyTorch model, without layers that add nothing."""
+    with idle_layers_left_out(model):
+        return sum(parameter.numel() for parameter in model.parameters())

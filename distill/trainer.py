@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from distill.encoding import encode, way_of
-from distill.idle_layers import depth
+from distill.idle_layers import is_layerless
 from distill.long_texts import WINDOWS
 from distill.sharding import sharded
 
@@ -168,7 +168,7 @@ class LossTrainer(Trainer):
         """
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))
-            bare = depth(self.model) == 0
+            bare = is_layerless(self.model)
             groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:

@@ -9,8 +9,9 @@ def drop_idle_layers(model: onnx.ModelProto) -> bool:
     """Drop additions of products with a matrix of zeros, and what only they need, in place; False if none.
 
     Args:
-        model: a classifier's fp32 graph, whose additions have two inputs of one shape.
+        model: the fp32 graph of a ModernBERT, whose layers add to what they read.
     """
+    constants = {entry.name for entry in model.graph.initializer}
     zeros = {
         entry.name
         for entry in model.graph.initializer
@@ -25,7 +26,8 @@ def drop_idle_layers(model: onnx.ModelProto) -> bool:
     for node in model.graph.node:
         node.input[:] = [same.get(name, name) for name in node.input]
         others = [name for name in node.input if name not in products]
-        if node.op_type == "Add" and len(others) == 1 and node.output[0] not in needed:
+        is_same = node.op_type == "Add" and len(others) == 1 and others[0] not in constants
+        if is_same and node.output[0] not in needed:
             same[node.output[0]] = others[0]
         else:
             nodes.append(node)

@@ -1,6 +1,7 @@
 """A PyTorch student becomes an fp32 ONNX graph through Optimum, plain and with fused operators."""
 
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ import transformers
 from distill.export.idle_layers import drop_idle_layers
 from distill.export.one_query import attend_from_first_token
 from distill.export.pooling import keep_first_token
-from onnx import TensorProto
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distill.errors import DistillError
@@ -66,10 +66,10 @@ def export_fp32(student: Path, folder: Path, exporter: str | None = None) -> Pat
         reason = " ".join(str(error).split())[:200]
         raise DistillError(f"--student {student}: {exporter} cannot export it: {reason}") from error
     path = folder / "model.onnx"
-    graph = onnx.load(path, load_external_data=False)
-    whole = all(entry.data_location != TensorProto.EXTERNAL for entry in graph.graph.initializer)
-    if whole and drop_idle_layers(graph):
-        onnx.save(graph, path)
+    if json.loads((student / "config.json").read_text(encoding="utf-8")).get("model_type") == "modernbert":
+        graph = onnx.load(path)
+        if drop_idle_layers(graph):
+            onnx.save(graph, path)
     return path
 
 

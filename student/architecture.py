@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, ModernBertConfig
 
 from distill.errors import DistillError
+from distill.idle_layers import depth
 from distill.models import OFFSET_POSITIONS
 
 # encoder.layer.3. (BERT, RoBERTa, ELECTRA, MPNet), transformer.layer.3. (DistilBERT), layers.3. (ModernBERT)
@@ -36,7 +37,7 @@ def keep_layers(model: Any, keep: int) -> Any:
     Raises:
         DistillError: if the model has fewer layers, or none that can be found.
     """
-    total = getattr(model.config, "num_hidden_layers", 0)
+    total = depth(model)
     if keep > total:
         raise DistillError(
             f"--layers {keep}: the student's checkpoint has only {total} layers; give at most that many"
@@ -69,8 +70,8 @@ def keep_layers(model: Any, keep: int) -> Any:
 def average_tokens(model: Any, tokenizer: Any, dropout: float = 0.0) -> Any:
     """A sequence classifier without layers: the mean of token embeddings, and a small network that reads it.
 
-    Formula: y = W2 norm(gelu(W1 mean_i norm(E[x_i]) + b1)) + b2, of the tokens x_i that are no padding. It is
-    a deep averaging network (Iyyer et al. 2015, https://aclanthology.org/P15-1162) and knows nothing of
+    Formula: y = W2 norm(gelu(W1 mean_i norm(norm(E[x_i])) + b1)) + b2, of the tokens x_i that are no padding.
+    It is a deep averaging network (Iyyer et al. 2015, https://aclanthology.org/P15-1162) and knows nothing of
     order; written as a ModernBERT whose one layer adds nothing (`idle_layers`), so that whatever reads
     transformers' checkpoints reads it.
 
@@ -96,7 +97,6 @@ def average_tokens(model: Any, tokenizer: Any, dropout: float = 0.0) -> Any:
         id2label=old.id2label,
         label2id=old.label2id,
         problem_type=old.problem_type,
-        max_position_embeddings=tokenizer.model_max_length,
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL},
     )
     student = AutoModelForSequenceClassification.from_config(config)

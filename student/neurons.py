@@ -12,6 +12,7 @@ from distill.student.architecture import LAYER, with_weights
 from distill.encoding import encode
 from distill.errors import DistillError
 from distill.first_token import first_token_only
+from distill.idle_layers import is_layerless
 
 WIDTHS = ("intermediate_size", "hidden_dim")  # what configurations call the number of neurons
 TEXTS, TOKENS = 300, 10_000  # at most, to tell which neurons matter
@@ -34,6 +35,10 @@ def keep_neurons(model: Any, keep: int, texts: Sequence[Any], tokenizer: Any) ->
     Raises:
         DistillError: if the networks are narrower, or cannot be told from the rest.
     """
+    if is_layerless(model):
+        raise DistillError(
+            f"--intermediate-size {keep}: the student's checkpoint has no layers; leave it out"
+        )
     config = copy.deepcopy(model.config)
     width, total = _width(config)
     alike = total == getattr(config, "hidden_size", None)

@@ -33,7 +33,7 @@ from distill.data import Data, reload_data, texts_of
 from distill.devices import choose_device, choose_precision
 from distill.encoding import way_of
 from distill.errors import DistillError
-from distill.idle_layers import depth
+from distill.idle_layers import depth, is_layerless, refuse_pairs
 from distill.long_texts import WINDOWS
 from distill.models import count_parameters, load_model, load_tokenizer
 from distill.options import budget_of
@@ -83,23 +83,19 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
     model = load_model(
         checkpoint, teacher.labels, "--student", options.dropout, problem_type=teacher.problem_type
     )
+    total = depth(model)
     texts = texts_of(corpus) if options.intermediate_size is not None else []
 
     def build(layers: int | None, texts: list[Any] = texts) -> Any:
-        if layers == 0:
+        if layers == 0 and total:
             return average_tokens(model, tokenizer, options.dropout or 0.0)
-        built = model if layers is None else keep_layers(model, layers)
+        built = keep_layers(model, layers) if layers else model
         if options.intermediate_size is not None:
             built = keep_neurons(built, options.intermediate_size, texts, tokenizer)
         return built
 
-    layers, least = options.layers, 0
-    if data.columns.text_pair or options.intermediate_size is not None:
-        least = 1
-        if layers == 0:
-            raise DistillError(
-                "--layers 0: a mean of tokens cannot tell the two texts of a pair apart; give at least 1"
-            )
+    layers, pairs = options.layers, bool(data.columns.text_pair)
+    refuse_pairs(min(total, total if layers is None else layers), pairs)
     if options.speedup or options.latency_budget:
         goal = Goal(options.speedup, options.latency_budget)
         timed = texts_of(data.splits["validation"])
@@ -110,7 +106,7 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
                 partial(
                     choose_layers,
                     partial(build, texts=texts[:1]),  # which neurons stay does not matter to speed
-                    range(least, model.config.num_hidden_layers + 1),
+                    range(1 if total and (pairs or options.intermediate_size) else 0, total + 1),
                     tokenizer,
                     teacher.labels,
                     timed,
@@ -118,10 +114,10 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
                     options.teacher,
                 )
             )
-    elif layers is None and options.student is None:
-        layers = max(1, model.config.num_hidden_layers // 2)
+    elif layers is None and options.student is None and total:
+        layers = max(1, total // 2)
     built = cut_positions(build(layers), tokenizer.model_max_length)
-    if layers == 0:  # it does not read which text of a pair a token is of
+    if is_layerless(built):  # it does not read which text of a pair a token is of
         names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     return built, tokenizer

@@ -50,6 +50,13 @@ def test_what_adds_something_stays():
     assert model.SerializeToString() == before
 
 
+def test_a_constant_row_never_takes_the_place_of_a_sum():
+    model = _graph(np.zeros((4, 4)))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(4, dtype=np.float32), "row"))
+    model.graph.node[3].input[0] = "row"
+    assert not drop_idle_layers(model)
+
+
 def test_a_sum_that_is_the_answer_stays():
     model = _graph(np.zeros((4, 4)), ["y", "sum"])
     assert not drop_idle_layers(model)

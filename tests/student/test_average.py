@@ -1,6 +1,7 @@
 """A student without layers: from the checkpoint's token embeddings to its bundle."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -15,11 +16,12 @@ from distill.student.vocabulary import trim_vocabulary
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from distill import Classifier, export_student, train_student
+from distill import Classifier, DistillError, export_student, train_student
 from distill.data import load_data
 from distill.idle_layers import depth, idle_layers_left_out
 from distill.models import load_model, load_tokenizer, text_logits
 from distill.predictions import read_predictions
+from distill.trainer import LossTrainer
 
 FAMILIES = make_configs(layers=2)
 TEXTS = ["the food was great", "bad", "service, great service and terrible food", ""]
@@ -132,6 +134,73 @@ def test_its_bundle_answers_as_it_does(student, provider, tmp_path):
     if provider == "cpu":
         quantized = Classifier(tmp_path / "b", provider="cpu", calibrated=False)
         np.testing.assert_allclose(quantized.predict_logits(TEXTS), expected, atol=0.2)
+
+
+def _settings(chain, output, **changes):
+    return StudentOptions(output=output, teacher=chain.teacher, **{"precision": "fp32", **changes})
+
+
+def test_it_is_trained_further_from_its_folder(student, chain, tmp_path):
+    manifest = json.loads((student / "distill.json").read_text())
+    before = load_model(str(student), manifest["labels"])
+    for layers in (0, None):
+        options = _settings(chain, tmp_path / f"{layers}", student=str(student), layers=layers, max_steps=1)
+        details = train_student(replace(options, learning_rate=1e-9)).details
+        after = load_model(str(options.output), manifest["labels"])
+        assert details["layers"] == 0
+        torch.testing.assert_close(after.head.dense.weight, before.head.dense.weight, atol=1e-4, rtol=0)
+    for changes, line in (({"layers": 1}, "only 0 layers"), ({"intermediate_size": 1}, "has no layers")):
+        with pytest.raises(DistillError, match=line):
+            train_student(_settings(chain, tmp_path / "s", student=str(student), **changes))
+
+
+def test_all_of_it_learns_at_the_heads_rate(chain, tmp_path, monkeypatch):
+    rates = set()
+
+    def create(self, *rest):
+        optimizer = original(self, *rest)
+        rates.update(group["lr"] for group in optimizer.param_groups)
+        return optimizer
+
+    original = LossTrainer.create_optimizer
+    monkeypatch.setattr(LossTrainer, "create_optimizer", create)
+    train_student(_settings(chain, tmp_path / "s", layers=0, max_steps=1, learning_rate=1e-4))
+    assert len(rates) == 1 and rates.pop() == pytest.approx(1e-3)
+
+
+def test_its_parameters_are_those_that_answer(student):
+    manifest = json.loads((student / "distill.json").read_text())
+    weights = load_file(student / "model.safetensors")
+    assert manifest["parameters"] == sum(
+        weight.numel() for name, weight in weights.items() if ".layers." not in name
+    )
+
+
+def test_a_resumed_run_measures_no_speed_again(chain, tmp_path, monkeypatch):
+    from distill.student import training
+
+    options = _settings(chain, tmp_path / "s", latency_budget=1e6, max_steps=2)
+    monkeypatch.setattr(training, "choose_layers", lambda *rest: 0)
+    monkeypatch.setattr(training, "publish", lambda *rest: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_student(options)
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "choose_layers", lambda *rest: 1 / 0)
+    assert train_student(replace(options, resume=True)).details["layers"] == 0
+
+
+def test_its_configuration_says_what_the_logits_mean():
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=32, num_attention_heads=4, num_hidden_layers=1, num_labels=2,
+        id2label={0: "cold", 1: "warm"}, label2id={"cold": 0, "warm": 1},
+        problem_type="multi_label_classification",
+    )  # fmt: skip
+    found = average_tokens(
+        transformers.AutoModelForSequenceClassification.from_config(config), make_tokenizer()
+    ).config
+    assert (found.id2label, found.problem_type) == ({0: "cold", 1: "warm"}, "multi_label_classification")
+    tokenizer = make_tokenizer()
+    assert (found.pad_token_id, found.cls_token_id) == (tokenizer.pad_token_id, tokenizer.cls_token_id)
 
 
 def test_a_speed_that_no_layer_has_takes_none(chain, tmp_path, monkeypatch):
