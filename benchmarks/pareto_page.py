@@ -75,18 +75,20 @@ def table(name: str, result: dict[str, Any]) -> str:
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Macro-F1 against latency, one panel a set."""
     figure, axes = plt.subplots(1, len(results), figsize=(4.5 * len(results), 4), squeeze=False)
+    known: dict[str, Any] = {}  # a version looks alike in all panels
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
         for label, row in _merged(result["results"]).items():
             if "latency_ms" in row:
-                style = {"s": 60, "marker": "o" if label.startswith(("student", "teacher")) else "x"}
-                axis.scatter(row["latency_ms"], row["macro_f1"], label=label, **style)
+                marker = "o" if label.startswith(("student", "teacher")) else "x"
+                color = known[label].get_facecolor() if label in known else f"C{len(known)}"
+                dot = axis.scatter(row["latency_ms"], row["macro_f1"], s=60, marker=marker, color=color)
+                known.setdefault(label, dot)
         axis.set(xscale="log", xlabel="milliseconds a text, one thread", ylabel="test macro-F1", title=name)
         axis.grid(alpha=0.3)
-    handles, labels = axes[0][-1].get_legend_handles_labels()
     figure.tight_layout()
     columns = min(5, 2 * len(results))
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0)}
-    figure.legend(handles, labels, ncols=columns, fontsize=8, frameon=False, **below)
+    figure.legend(known.values(), known.keys(), ncols=columns, fontsize=8, frameon=False, **below)
     figure.savefig(path, bbox_inches="tight")
 
 
