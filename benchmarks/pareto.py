@@ -83,8 +83,9 @@ def _has_recipe(name: str, options: tuple[str, ...]) -> bool:
     """Whether a student was trained with today's options."""
     wanted = train_student.make_context("train-student", list(options)).params
     before = read_manifest(Path("runs", name), "train-student").options
-    # Where it lies, and what it starts from, are this run's own.
-    return all(str(before[key]) == str(wanted[key]) for key in before.keys() - {"output", "student"})
+    # Where it lies and what it starts from are this run's own; the least steps follow from what was typed.
+    own = {"output", "student", "min_steps"}
+    return all(str(before[key]) == str(wanted[key]) for key in before.keys() - own)
 
 
 def train(data: Path, teacher: str, student: str, seeded: Sequence[int], depths: Sequence[int]) -> None:
