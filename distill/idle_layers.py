@@ -1,8 +1,9 @@
 """Layers that add nothing.
 
 None of transformers' encoders can have no layers at all and pool by the mean, so a student of that kind is
-written as a ModernBERT with one layer whose weights are all zero: what it adds to its input is zero too. Here
-that layer is told from others, and left out where a model runs; export/idle_layers.py does so in the graph.
+written as a ModernBERT with one layer whose weights are all zero: what it adds to its input is zero too, and
+so are its gradients. Its configuration says so. Here that layer is left out where a model runs;
+export/idle_layers.py does so in the graph.
 """
 
 from collections.abc import Iterator
@@ -19,9 +20,9 @@ def depth(model: Any) -> int:
     return 0 if is_layerless(model) else int(getattr(model.config, "num_hidden_layers", 0))
 
 
-def refuse_pairs(layers: int | None, pairs: bool) -> None:
+def refuse_pairs(layerless: bool, pairs: bool) -> None:
     """Refuse to classify pairs of texts without layers."""
-    if layers == 0 and pairs:
+    if layerless and pairs:
         raise DistillError(
             "without layers a model is a mean of tokens, which cannot tell the two texts of a pair apart; "
             "keep at least one layer, of a checkpoint that has some"
@@ -43,8 +44,5 @@ def idle_layers_left_out(model: Any) -> Iterator[None]:
 
 
 def is_layerless(model: Any) -> bool:
-    """Say whether none of a sequence classifier's layers adds anything, adapters aside."""
-    layers = (
-        weight for name, weight in model.named_parameters() if ".layers." in name and ".lora_" not in name
-    )
-    return model.config.model_type == "modernbert" and not any(bool(weight.any()) for weight in layers)
+    """Say whether none of a sequence classifier's layers adds anything."""
+    return bool(getattr(model.config, "layerless", False))

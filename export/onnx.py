@@ -66,10 +66,10 @@ def export_fp32(student: Path, folder: Path, exporter: str | None = None) -> Pat
         reason = " ".join(str(error).split())[:200]
         raise DistillError(f"--student {student}: {exporter} cannot export it: {reason}") from error
     path = folder / "model.onnx"
-    if json.loads((student / "config.json").read_text(encoding="utf-8")).get("model_type") == "modernbert":
+    if json.loads((student / "config.json").read_text(encoding="utf-8")).get("layerless"):
         graph = onnx.load(path)
-        if drop_idle_layers(graph):
-            onnx.save(graph, path)
+        drop_idle_layers(graph)
+        onnx.save(graph, path)
     return path
 
 

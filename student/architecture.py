@@ -93,6 +93,7 @@ def average_tokens(model: Any, tokenizer: Any, dropout: float = 0.0) -> Any:
         norm_bias=True,
         classifier_bias=True,
         reference_compile=False,
+        layerless=True,
         num_labels=old.num_labels,
         id2label=old.id2label,
         label2id=old.label2id,

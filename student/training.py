@@ -87,7 +87,7 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
     texts = texts_of(corpus) if options.intermediate_size is not None else []
 
     def build(layers: int | None, texts: list[Any] = texts) -> Any:
-        if layers == 0 and total:
+        if layers == 0 and not is_layerless(model):
             return average_tokens(model, tokenizer, options.dropout or 0.0)
         built = keep_layers(model, layers) if layers else model
         if options.intermediate_size is not None:
@@ -95,7 +95,7 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
         return built
 
     layers, pairs = options.layers, bool(data.columns.text_pair)
-    refuse_pairs(min(total, total if layers is None else layers), pairs)
+    refuse_pairs(layers == 0 or is_layerless(model), pairs)
     if options.speedup or options.latency_budget:
         goal = Goal(options.speedup, options.latency_budget)
         timed = texts_of(data.splits["validation"])

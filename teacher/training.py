@@ -24,7 +24,7 @@ from distill.checkpoints import discard_checkpoints, prepare_checkpoints, refuse
 from distill.data import Data, load_data
 from distill.devices import choose_device, choose_precision
 from distill.errors import DistillError
-from distill.idle_layers import depth, refuse_pairs
+from distill.idle_layers import is_layerless, refuse_pairs
 from distill.long_texts import HEAD, WAYS, WINDOWS
 from distill.models import count_parameters, load_model, load_tokenizer
 from distill.options import budget_of
@@ -113,7 +113,7 @@ def _fit(options: TeacherOptions, data: Data, unseen: Sequence[str] = ()) -> _Fi
     tokenizer = load_tokenizer(options.model, options.max_length, "--model", options.long_texts)
     set_seed(options.seed)  # a new head is drawn at random
     model = _build(options, data)
-    refuse_pairs(depth(model), bool(data.columns.text_pair))
+    refuse_pairs(is_layerless(model), bool(data.columns.text_pair))
     recipe = {**options.recipe(), "data_fingerprint": data.fingerprint}
     if count() > 1:
         recipe["processes"] = count()
