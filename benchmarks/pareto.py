@@ -2,9 +2,9 @@
 
 For every set, with one recipe: the teacher is fine-tuned once; students of several shapes learn from it, with
 three seeds, and without it; each is exported to INT8. Peers are trained on the same split. All are timed in
-one process, one text at a time on one thread. A teacher or student that is there already is not trained
-again, so a run goes on where it was stopped. Writes benchmarks/results/pareto/SET.json; pareto_page.py makes
-a table and a plot of all sets.
+one process, one text at a time on one thread. A teacher, student or SetFit that is there already is not
+trained again, and a run goes on where it stopped. Writes benchmarks/results/pareto/SET.json; pareto_page.py
+makes a table and a plot of all sets.
 
 Usage: python benchmarks/pareto.py DATA --teacher all-mpnet-base-v2 --student all-MiniLM-L6-v2 --set banking77
 
@@ -17,7 +17,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -119,7 +118,7 @@ def _peers(data: Data, student: str) -> tuple[dict[str, Any], dict[str, Any]]:
     makers = {
         "TF-IDF + logistic regression": lambda: peers.tfidf(data),
         "model2vec + logistic regression": lambda: peers.model2vec(data, student),
-        "SetFit": lambda: peers.setfit(data, student),
+        "SetFit": lambda: peers.setfit(data, student, Path("runs/setfit")),
         "Optimum INT8 of the teacher": lambda: peers.teacher_int8(
             data, Path("runs/teacher"), Path("runs/teacher_int8")
         ),
@@ -127,9 +126,8 @@ def _peers(data: Data, student: str) -> tuple[dict[str, Any], dict[str, Any]]:
     classify, rows = {}, {}
     for name, make in makers.items():
         click.echo(f"Peer: {name}")
-        started = time.monotonic()
         classify[name], size = make()
-        rows[name] = {"bytes": size, "seconds": round(time.monotonic() - started)}
+        rows[name] = {"bytes": size}
     return classify, rows
 
 

@@ -55,19 +55,22 @@ def model2vec(data: Data, checkpoint: str) -> tuple[Classify, int]:
     return _best_regression(lambda texts: static.encode(list(texts)), data), static.embedding.nbytes
 
 
-def setfit(data: Data, checkpoint: str) -> tuple[Classify, int]:
+def setfit(data: Data, checkpoint: str, folder: Path) -> tuple[Classify, int]:
     """SetFit on the student's checkpoint: contrastive fine-tuning, then logistic regression."""
     from datasets import Dataset
     from setfit import SetFitModel, Trainer, TrainingArguments
 
-    texts, labels = _texts(data, "train")
-    model = SetFitModel.from_pretrained(checkpoint)
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch, max_steps=SETFIT_STEPS, batch_size=16, report_to="none", seed=1
-        )
-        rows = Dataset.from_dict({"text": texts, "label": labels})
-        Trainer(model=model, args=arguments, train_dataset=rows).train()
+    if not folder.is_dir():
+        texts, labels = _texts(data, "train")
+        model = SetFitModel.from_pretrained(checkpoint)
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = TrainingArguments(
+                output_dir=scratch, max_steps=SETFIT_STEPS, batch_size=16, report_to="none", seed=1
+            )
+            rows = Dataset.from_dict({"text": texts, "label": labels})
+            Trainer(model=model, args=arguments, train_dataset=rows).train()
+        model.save_pretrained(str(folder))
+    model = SetFitModel.from_pretrained(str(folder))
     size = sum(parameter.numel() for parameter in model.model_body.parameters()) * 4
     return lambda given: np.asarray(model.predict(list(given), show_progress_bar=False)), size
 
