@@ -157,6 +157,8 @@ def _with_features() -> Iterator[None]:
 
     def both(logits: Tensor, teacher: Tensor, *rest: Any) -> Tensor:
         kept, expected = teacher.split([logits.shape[1], teacher.shape[1] - logits.shape[1]], dim=1)
+        if not expected.shape[1]:  # validation text
+            return distillation_loss(logits, kept, *rest)
         distance = 1 - F.cosine_similarity(student["features"].float(), expected, dim=1).mean()
         return distillation_loss(logits, kept, *rest) + distance
 
@@ -177,7 +179,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
     "head at the encoder's rate": ({"head_learning_rate": 3e-4}, nullcontext),
     "teacher as sure as it is": (
         {},
-        partial(mock.patch.object, training, "_teacher_temperature", lambda *_: 1.0),
+        partial(mock.patch.object, training, "fit_temperature", lambda *_: 1.0),
     ),
     "T = 2": ({"temperature": 2.0}, nullcontext),
     "squared difference of logits": ({}, _loss(logit_mse)),

@@ -98,9 +98,19 @@ def length_of(options: TrainingOptions, cut: Plan, texts: int) -> dict[str, Any]
 
 
 def training_arguments(
-    options: TrainingOptions, cut: Plan, precision: str, device: str, texts: int, in_windows: bool = False
+    options: TrainingOptions,
+    cut: Plan,
+    precision: str,
+    device: str,
+    texts: int,
+    criterion: str = "macro_f1",
+    in_windows: bool = False,
 ) -> TrainingArguments:
-    """The Trainer's arguments for training on so many texts (or windows of them), in steps cut so."""
+    """The Trainer's arguments for training on so many texts (or windows of them), in steps cut so.
+
+    The best evaluation is the one with the lowest loss, if that is the criterion, or else with the highest
+    score of that name.
+    """
     return _Arguments(
         output_dir=str(options.checkpoints),
         **length_of(options, cut, texts),
@@ -119,9 +129,9 @@ def training_arguments(
         save_total_limit=2,
         load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True,
-        metric_for_best_model="macro_f1",
+        metric_for_best_model=criterion,
         label_names=["labels", "document"] if in_windows else None,
-        greater_is_better=True,
+        greater_is_better=criterion != "loss",
         remove_unused_columns=False,
         bf16=precision == "bf16",
         fp16=precision == "fp16",

@@ -70,9 +70,11 @@ class ProgressCallback(TrainerCallback):
         metrics = metrics or {}
         if "eval_macro_f1" in metrics and state.epoch:
             scores = metrics["eval_macro_f1"], metrics["eval_accuracy"]
+            loss = f"loss {metrics['eval_loss']:.4f}, " if args.metric_for_best_model == "loss" else ""
             logger.info(
-                "%s: epoch %.2f, validation macro-F1 %.4f, accuracy %.4f", self.title, state.epoch, *scores
-            )
+                "%s: epoch %.2f, validation %smacro-F1 %.4f, accuracy %.4f",
+                self.title, state.epoch, loss, *scores,
+            )  # fmt: skip
 
     def close(self) -> None:
         """Take the bar away, also after an interruption."""

@@ -67,13 +67,16 @@ def fit(
     title: str,
     resume_from: str | None,
 ) -> Trained:
-    """Train with early stopping on validation macro-F1; the best weights are kept.
+    """Train with early stopping on validation; the best weights are kept.
+
+    Where validation text has `teacher_logits`, the best are those of the lowest loss, which tells epochs
+    apart that macro-F1 of a thousand texts cannot; else those of the highest macro-F1.
 
     Args:
         model: a sequence classifier.
         tokenizer: its tokenizer, for padding.
         train: as `tokenize` leaves it, with `label` and, for a student, `teacher_logits`.
-        validation: as `tokenize` leaves it, with `label`.
+        validation: as `tokenize` leaves it, with `label` and perhaps `teacher_logits`.
         options: how to train.
         loss: maps fp32 logits of shape (batch, classes) and the batch to a scalar, a mean over the batch.
             Labels come as integers, shape (batch,), or as 0 and 1, shape (batch, classes).
@@ -92,14 +95,14 @@ def fit(
     if options.freeze_embeddings:
         model.get_input_embeddings().weight.requires_grad_(False)
 
-    in_windows = "document" in validation.column_names
+    in_windows, criterion = "document" in validation.column_names, _criterion(validation)
 
     def attempt(cut: Plan, resume_from: str | None) -> LossTrainer | None:
         """Train; None where memory was too short."""
         progress = ProgressCallback(title)
         trainer = LossTrainer(
             model=model,
-            args=training_arguments(options, cut, precision, device, len(train), in_windows),
+            args=training_arguments(options, cut, precision, device, len(train), criterion, in_windows),
             train_dataset=train,
             eval_dataset=validation,
             processing_class=tokenizer,
@@ -145,11 +148,22 @@ def fit(
             resume_from = get_last_checkpoint(str(options.checkpoints)) or None
             model.load_state_dict(start, strict=False)
             release()
-    best = float(trainer.state.best_metric or 0.0)
+    best = _best_score(trainer.state)
     trained = whole(trainer.model, kind) if sharded() else trainer.model
     del trainer
     release()
     return Trained(trained, device, precision, best, cut, long)
+
+
+def _criterion(validation: Dataset) -> str:
+    """What tells the best evaluation."""
+    return "loss" if "teacher_logits" in validation.column_names else "macro_f1"
+
+
+def _best_score(state: Any) -> float:
+    """Macro-F1 of the weights that are kept; 0 where none was taken."""
+    found = [entry for entry in state.log_history if "eval_macro_f1" in entry]
+    return next((entry["eval_macro_f1"] for entry in found if entry["step"] == state.best_global_step), 0.0)
 
 
 @contextmanager

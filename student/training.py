@@ -130,11 +130,13 @@ def _similar_words(folder: Path, teacher: Manifest, corpus: Dataset) -> dict[str
     return similar_words(words, model, load_tokenizer(str(folder), teacher.max_length, "--teacher"))
 
 
-def _teacher_temperature(teacher: Path, label: Label, windows: Dataset | None) -> float:
-    """Temperature that makes the teacher's probabilities honest, fitted to what it answers on validation.
+def _teacher_on_validation(
+    teacher: Path, label: Label, windows: Dataset | None
+) -> tuple[NDArray[np.float32], float]:
+    """What the teacher answers on validation, and the temperature that makes its probabilities honest there.
 
     A teacher that is too sure, or not sure enough, would teach the wrong amount of doubt. Where it labels
-    `windows`, of which it is less sure than of whole texts, it is fitted to those of validation text.
+    `windows`, of which it is less sure than of whole texts, these are those of validation text.
     """
     answers = read_predictions(teacher, "validation")["teacher"]
     logits, labels = answers.logits, answers.labels
@@ -142,7 +144,7 @@ def _teacher_temperature(teacher: Path, label: Label, windows: Dataset | None) -
         logits, labels = label(windows), labels_of(windows)
     temperature = fit_temperature(logits, labels)
     logger.info("Teacher's temperature: %.2f", temperature)
-    return temperature
+    return logits, temperature
 
 
 def tune_student(**options: Any) -> float:
@@ -206,12 +208,13 @@ def _fit(options: StudentOptions) -> _Fitted:
     windows = None
     if way_of(tokenizer) == WINDOWS and options.alpha:
         windows = in_windows(data.splits["validation"], tokenizer)
-    temperature = _teacher_temperature(options.teacher, label, windows)
+    expected, temperature = _teacher_on_validation(options.teacher, label, windows)
+    validation = tokenize(data.splits["validation"], tokenizer)
     if options.alpha:
         logits = label(concatenate_datasets([rows.remove_columns("label"), *unlabeled]))
         rows = with_soft_labels(rows, unlabeled, logits / temperature)
+        validation = validation.add_column("teacher_logits", list(expected / temperature))
     train = ahead(partial(tokenize, rows, tokenizer, options.checkpoints / "train.arrow"))
-    validation = tokenize(data.splits["validation"], tokenizer)
 
     def loss(student_logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         if "teacher_logits" not in batch:

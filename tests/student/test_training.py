@@ -5,6 +5,7 @@ from conftest import make_rows, write_csv
 from distill.student import soft_labels
 from distill.student import training as student_training
 from distill.student.command import train_student as command
+from distill.student.losses import distillation_loss
 from distill.student.soft_labels import teacher_logits
 from distill.student.training import StudentOptions, train_student
 from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -153,6 +154,31 @@ def test_a_student_learns_from_the_probabilities_that_the_teacher_should_have_gi
     texts = load_data(str(chain.data), quiet=True).splits["train"].remove_columns("label")
     raw = teacher_logits(chain.teacher, teacher, texts, "cpu", "fp32")
     np.testing.assert_allclose(seen[0], raw / temperature, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("alpha", "measure"), [(0.9, "loss"), (0.0, "macro_f1")])
+def test_the_best_weights_are_those_of_the_lowest_loss_or_without_a_teacher_of_the_best_score(
+    chain, tmp_path, monkeypatch, alpha, measure
+):
+    seen = []
+
+    def evaluated(self, args, state, control, metrics=None, **kwargs):
+        seen.append({name: metrics[f"eval_{name}"] for name in ("loss", "macro_f1")})
+
+    monkeypatch.setattr(ProgressCallback, "on_evaluate", evaluated)
+    options = _options(chain, tmp_path / "s", max_steps=-1, epochs=4, learning_rate=2e-2, alpha=alpha)
+    fitted = student_training._fit(options)
+    sign = -1 if measure == "loss" else 1
+    best = max(seen, key=lambda one: sign * one[measure])
+    assert fitted.trained.score == best["macro_f1"]
+    if measure == "loss":
+        teacher = torch.from_numpy(read_predictions(chain.teacher, "validation")["teacher"].logits)
+        rows = fitted.data.splits["validation"]
+        found = torch.from_numpy(predict_logits(fitted.trained.model, fitted.tokenizer, rows, "cpu", "fp32"))
+        loss = distillation_loss(
+            found, teacher / fitted.teacher_temperature, torch.tensor(rows["label"]), alpha=alpha
+        )
+        assert best["loss"] == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_a_library_user_gets_the_commands_defaults():
