@@ -60,9 +60,11 @@ def _run(*arguments: str | Path, beside: int = 1) -> None:
 
 
 def _alone() -> tuple[str, ...]:
-    """Options of a student without a teacher: as many steps as with one, unless validation stops it."""
+    """Options of a student without a teacher: as many steps as with one, the best of its epochs."""
     rows = read_manifest(Path("runs/teacher"), "train-teacher").data["rows"]["train"]
-    return ("--alpha", "0", "--epochs", str(round(EPOCHS * (1 + AUGMENT / rows))), *FAST)
+    epochs = str(round(EPOCHS * (1 + AUGMENT / rows)))
+    # Stopped early it would not have had the end of the schedule, where the learning rate goes to zero.
+    return ("--alpha", "0", "--epochs", epochs, "--patience", epochs, *FAST)
 
 
 def _students(seeded: Sequence[int], depths: Sequence[int]) -> dict[str, tuple[str, ...]]:
