@@ -9,8 +9,6 @@ Usage: python benchmarks/runtime.py [DEMO_FOLDER] [--bundle runs/two_layers] [--
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ import click
 import numpy as np
 import onnxruntime
 import pyarrow.csv
+from distill.export.cold_start import cold_start
 from tokenizers import Tokenizer
 
 from distill import Classifier
@@ -78,18 +77,6 @@ def _texts_per_second(run: Callable[[list[str]], Any], texts: list[str]) -> floa
     return len(texts) / (time.perf_counter() - started)
 
 
-def _cold_start(bundle: Path, repeats: int) -> list[float]:
-    """Seconds from starting the interpreter to the end of a process that answered one text."""
-    code = f"from distill import Classifier; Classifier({str(bundle)!r}).predict(['What a lovely surprise'])"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    times = []
-    for _ in range(repeats + 1):  # the first warms the file cache, and writes bytecode where there is none
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-        times.append(time.perf_counter() - started)
-    return times[1:]
-
-
 @click.command()
 @click.argument("demo", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"))
 @click.option("--texts", "count", default=300, help="Test texts for latency; throughput takes all of them.")
@@ -121,7 +108,8 @@ def main(demo: Path, count: int, bundle: Path, file: str, repeats: int) -> None:
             speed = _texts_per_second(lambda given, size=size: parallel(given, batch_size=size), texts)
             runs.setdefault(f"pipeline, batches of {size}", []).append(speed)
     speeds = {name: float(np.median(values)) for name, values in runs.items()}
-    cold = _cold_start(bundle, repeats)
+    # The first warms the file cache, and writes bytecode where there is none.
+    cold = [cold_start(bundle, f"onnx/{FILE}", "cpu", texts[:1])[0] for _ in range(repeats + 1)][1:]
     name = "runtime.json" if bundle == BUNDLE else f"runtime_{bundle.name}.json"
     result = {
         "cpu": cpu_name(),
