@@ -206,10 +206,10 @@ def _open_tokenizer(parts: Bundle) -> tuple[Tokenizer, int]:
 
 
 def _open_session(parts: Bundle, file: str, provider: str) -> Any:
-    files = parts.manifest["details"]["files"]
-    if provider == "cuda" and file == files.get("cpu") != files.get("fp32"):
+    checked = parts.manifest["details"].get("on_cuda")  # a bundle that is being exported has no list yet
+    if provider == "cuda" and checked is not None and file not in checked:
         raise ProviderError(
-            f"provider 'cuda': {parts.place / file} is INT8 for the CPU, which CUDA has no kernels for; "
+            f"provider 'cuda': {parts.place / file} has operators that CUDA has no kernels for; "
             "leave the file out, or use one that `distill export --provider cuda` wrote"
         )
     model = parts.model(file)

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -44,7 +44,8 @@ class Classifier:
 
     On a CPU texts run one at a time, several at once over threads that share one session: that is faster than
     batches, which pay for padding, and no answer depends on the texts beside it. On CUDA they run in batches
-    of similar length. A `Classifier` may be shared by threads and used after a fork.
+    of similar length, on the first device of CUDA_VISIBLE_DEVICES. A `Classifier` may be shared by threads and,
+    on a CPU, used after a fork; a process that is spawned opens its own.
 
     Attributes:
         labels: label names, in the order of the columns of `predict_proba`.
@@ -80,7 +81,7 @@ class Classifier:
             DistillError: if a file of the bundle is missing or is not the one that was exported, or if the
                 provider cannot be used.
         """
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
+        if threads is not None and (type(threads) is not int or threads < 1):
             raise DistillError(f"threads={threads!r}: must be a whole number of at least 1")
         parts = open_bundle(bundle) if isinstance(bundle, str | Path) else bundle
         details = parts.manifest["details"]
@@ -112,6 +113,9 @@ class Classifier:
 
     def __repr__(self) -> str:
         return f"Classifier({self.file} on {self.provider}, labels {', '.join(self.labels)})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Classifier cannot be pickled; open the bundle in each process")
 
     def renew_pool(self) -> None:
         """Start anew without threads, as in a process that was forked."""
@@ -162,6 +166,9 @@ class Classifier:
     def _each_checked(self, texts: Iterable[Text]) -> Iterator[Text]:
         if isinstance(texts, str):
             raise DistillError("texts: a single string; give a list of strings, as in predict([text])")
+        if isinstance(texts, Mapping) or hasattr(texts, "columns"):  # they iterate over their keys
+            raise DistillError(f"texts: {type(texts).__name__} instead of a list of strings; give one column "
+                               "of it, as in predict(list(table['text'])), and pairs as tuples")  # fmt: skip
         if not isinstance(texts, Iterable):
             raise DistillError(f"texts: {type(texts).__name__} instead of a list of strings")
         for index, text in enumerate(texts):

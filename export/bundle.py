@@ -129,8 +129,13 @@ def _fill(folder: Path, exported: Path, options: ExportOptions, manifest: Manife
             "size_ratio": sizes["int8"] / sizes["fp32"],
         }
         manifest.details["files"]["cpu"] = INT8
+    # Every node of these has been held against the CUDA provider's kernels.
+    on_cuda = [FP32] if manifest.details["files"].get("cuda") else []
     if "cuda" in options.provider:
         _add_cuda(draft, exported, model.config, options, versions)
+        found = manifest.details["cuda"]
+        on_cuda += [found[name]["file"] for name in ("fp16", "int8") if name in found]
+    manifest.details["on_cuda"] = on_cuda
     files = {"onnx-fp32": FP32, "int8": INT8}
     final = "int8" if "int8" in versions else "onnx-fp32"
     for name in versions:

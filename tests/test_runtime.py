@@ -2,12 +2,14 @@ import asyncio
 import itertools
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow
 import pytest
 from conftest import make_rows
 
@@ -168,13 +170,20 @@ def test_a_single_string_and_other_types_are_refused(classifier):
             classifier.logits(one)
     with pytest.raises(DistillError, match="texts: NoneType instead of a list"):
         classifier.predict(None)
+    for table in ({"text": "lovely"}, pyarrow.table({"text": ["lovely"]})):
+        for ask in (classifier, classifier.predict, lambda texts: next(classifier.stream_logits(texts))):
+            with pytest.raises(DistillError, match=r"texts: (dict|Table) instead of a list .* give one column"):
+                ask(table)
     assert classifier("lovely", truncation=True) == classifier("lovely")
     assert repr(classifier).startswith("Classifier(onnx/model_quantized.onnx on cpu, labels negative, ")
     for top_k in (0, -1, "all"):
         with pytest.raises(DistillError, match=f"top_k={top_k}: must be at least 1"):
             classifier("lovely", top_k=top_k)
-    with pytest.raises(DistillError, match=r"threads=0: must be a whole number of at least 1"):
-        Classifier("anywhere", threads=0)
+    for threads in (0, True):
+        with pytest.raises(DistillError, match=rf"threads={threads}: must be a whole number of at least 1"):
+            Classifier("anywhere", threads=threads)
+    with pytest.raises(TypeError, match="open the bundle in each process"):
+        pickle.dumps(classifier)
     with pytest.raises(DistillError, match=r"texts\[1\]: int"):
         classifier.predict(["lovely", 3])
 

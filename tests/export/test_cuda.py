@@ -207,13 +207,19 @@ def test_a_file_that_loses_too_much_is_refused(chain, tmp_path, monkeypatch):
     assert not (tmp_path / "b").exists()
 
 
-def test_cuda_is_never_given_the_int8_file_of_the_cpu(bundle, monkeypatch):
+def test_cuda_is_never_given_a_file_that_failed_the_kernel_check(bundle, chain, tmp_path, monkeypatch):
     import onnxruntime
 
+    assert read_manifest(bundle, "export").details["on_cuda"] == [
+        "onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_int8_cuda.onnx",
+    ]  # fmt: skip
+    monkeypatch.setattr("distill.export.bundle.off_cuda", lambda model: ["Gemm of odd types"])
+    export_student(ExportOptions(chain.student, tmp_path / "off"))
     found = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)
-    with pytest.raises(DistillError, match=r"model_quantized\.onnx is INT8 for the CPU.*leave the file out"):
-        Classifier(bundle, provider="cuda", file="onnx/model_quantized.onnx")
+    for folder, file in ((bundle, "onnx/model_quantized.onnx"), (tmp_path / "off", "onnx/model.onnx")):
+        with pytest.raises(DistillError, match=r"\.onnx has operators that CUDA has no kernels for; leave the"):
+            Classifier(folder, provider="cuda", file=file)
 
 
 def test_cuda_that_is_not_really_used_is_an_error_and_auto_says_so(bundle, monkeypatch, caplog):
