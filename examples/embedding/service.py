@@ -1,8 +1,9 @@
 """A classifier as a web service: `uvicorn distill.examples.embedding.service:app`.
 
-Requests wait in one bounded queue. Whatever waits when the classifier is free is answered as one batch, so
-nothing is delayed to fill one. A full queue sheds load with 503 at once, and so do bodies that would take too
-much memory together; a request that waited too long gets 503 too, and its texts are not classified any more.
+Requests wait in one bounded queue, no longer than can be answered in time. Whatever waits when the classifier
+is free is answered as one batch, so nothing is delayed to fill one. A full queue sheds load with 503 at once,
+without reading more bodies until it has answered a batch, and so do bodies that would take too much memory
+together; a request that waited too long gets 503 too, and its texts are not classified any more.
 
 Settings, from the environment: DISTILL_BUNDLE (folder or single file), DISTILL_PROVIDER (auto, cpu or cuda),
 DISTILL_THREADS, DISTILL_MAX_WAITING (texts in the queue), DISTILL_TIMEOUT (seconds, for a body to arrive, and
@@ -99,13 +100,20 @@ class Overloaded(Exception):
 
 
 class Batcher:
-    """Puts the texts of waiting requests together; one batch runs at a time, on all its threads."""
+    """Puts the texts of waiting requests together; one batch runs at a time, on all its threads.
+
+    Attributes:
+        waiting: texts in the queue or in work.
+        full: a request found no room, and no batch has ended since.
+    """
 
     def __init__(self, classifier: Classifier, max_waiting: int, timeout: float) -> None:
         self._classifier, self._max_waiting, self._timeout = classifier, max_waiting, timeout
         self._requests: deque[tuple[list[str], asyncio.Future[NDArray]]] = deque()
         self._arrived = asyncio.Event()
+        self._texts = self._seconds = 0.0  # of the latest batches, each counted less than the next
         self.waiting = 0
+        self.full = False
 
     async def classify(self, texts: list[str]) -> NDArray:
         """Logits, shape (n, classes).
@@ -116,7 +124,8 @@ class Batcher:
         """
         if len(texts) > self._max_waiting:
             raise TooMany(f"{len(texts)} texts; the service takes {self._max_waiting} at once")
-        if self.waiting + len(texts) > self._max_waiting:
+        if self.waiting and self.waiting + len(texts) > min(self._max_waiting, self._in_time()):
+            self.full = True
             raise Overloaded(f"{self.waiting} texts are waiting already; try again later")
         answer: asyncio.Future[NDArray] = asyncio.get_running_loop().create_future()
         self.waiting += len(texts)
@@ -127,6 +136,10 @@ class Batcher:
         except TimeoutError:
             raise Overloaded(f"no answer within {self._timeout:g} s; try again later") from None
 
+    def _in_time(self) -> float:
+        """Texts that are answered within most of the timeout, at the speed of the latest batches."""
+        return 0.8 * self._timeout * self._texts / self._seconds if self._seconds else math.inf
+
     async def run(self) -> None:
         """Answer requests until cancelled."""
         while True:
@@ -134,6 +147,7 @@ class Batcher:
             batch = self._take()
             if batch:
                 await self._answer(batch)
+            self.full = False
 
     def _take(self) -> list[tuple[list[str], asyncio.Future[NDArray]]]:
         """The oldest requests, up to a batch, without those that nobody waits for any more."""
@@ -152,6 +166,7 @@ class Batcher:
 
     async def _answer(self, batch: list[tuple[list[str], asyncio.Future[NDArray]]]) -> None:
         texts = [text for texts, _ in batch for text in texts]
+        started = time.perf_counter()
         try:
             found = await self._classifier.apredict_logits(texts)
         except Exception as error:
@@ -164,6 +179,8 @@ class Batcher:
                 batch[0][1].set_exception(error)
             return
         self.waiting -= len(texts)
+        self._texts = 0.8 * self._texts + len(texts)
+        self._seconds = 0.8 * self._seconds + time.perf_counter() - started
         start = 0
         for texts, answer in batch:
             if not answer.done():
@@ -223,6 +240,8 @@ class Watch:
             refusal = _problem(411, "send a Content-Length, and no Transfer-Encoding")
         elif int(length) > MAX_BYTES:
             refusal = _problem(413, f"{length} bytes; a request may have {MAX_BYTES}")
+        elif scope["app"].state.batcher.full:
+            refusal = _shed("no room for more texts; try again later")
         elif self._bytes + int(length) > MAX_BYTES_AT_ONCE:
             refusal = _shed(f"requests of {self._bytes} bytes are in work already; try again later")
         else:
