@@ -36,7 +36,7 @@ ODD = [
     "good 👍 café naïve — “quoted” …", "ÀÉÎÕÜ ñandú Straße ΑΣ İstanbul ﬁne", "日本語のレビュー is fine",
     "http://t.co/a_b?c=d#e @user #tag", "a\tb\u00a0c\u200bd\u3000e", "x" * 300, "don't can't won't :-) :( <3",
     "1,234.56 € 50% off!!!", "Ⅷ ½ ² ™ ©", "مرحبا بالعالم", "Привет, мир!", "नमस्ते दुनिया",
-    "e\u0301 a\u030a", "🤷🏽‍♀️🏳️‍🌈",
+    "e\u0301 a\u030a", "🤷🏽‍♀️🏳️‍🌈", "one\u2028two\u2029three\x85four\x0bfive\x0csix", "a\rb",
 ]  # fmt: skip
 
 
@@ -68,7 +68,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 def run_chromium(bundle: Path, texts: list[str], version: str) -> NDArray[np.float64]:
-    """Probabilities from `index.html` in headless Chromium, which may ask no other host than this one."""
+    """Probabilities from `index.html` in headless Chromium, which finds no other host than this one."""
     from selenium import webdriver
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -80,7 +80,8 @@ def run_chromium(bundle: Path, texts: list[str], version: str) -> NDArray[np.flo
         server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=scratch))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         options = webdriver.ChromeOptions()
-        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        alone = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", alone):
             options.add_argument(argument)
         options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
         # Named, so that selenium does not look for one on the network.

@@ -172,7 +172,9 @@ def test_a_single_string_and_other_types_are_refused(classifier):
         classifier.predict(None)
     for table in ({"text": "lovely"}, pyarrow.table({"text": ["lovely"]})):
         for ask in (classifier, classifier.predict, lambda texts: next(classifier.stream_logits(texts))):
-            with pytest.raises(DistillError, match=r"texts: (dict|Table) instead of a list .* give one column"):
+            with pytest.raises(
+                DistillError, match=r"texts: (dict|Table) instead of a list .* give one column"
+            ):
                 ask(table)
     assert classifier("lovely", truncation=True) == classifier("lovely")
     assert repr(classifier).startswith("Classifier(onnx/model_quantized.onnx on cpu, labels negative, ")

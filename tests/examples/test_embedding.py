@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,18 @@ import pytest
 from conftest import make_rows
 
 from distill import Classifier
+from distill.bundle import seal_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = importlib.util.spec_from_file_location("embedding", ROOT / "benchmarks" / "embedding.py")
 embedding = importlib.util.module_from_spec(SCRIPT)
 SCRIPT.loader.exec_module(embedding)
-TEXTS = [text for text, _ in make_rows(30, seed=5)]
+# A line ends with a line feed, and with nothing else.
+TEXTS = [text for text, _ in make_rows(30, seed=5)] + [
+    "lovely\u2028awful",
+    "lovely\rawful",
+    "lovely\x85awful",
+]
 
 
 def test_python_answers_line_by_line_and_loads_no_torch(chain):
@@ -28,7 +35,7 @@ def test_python_answers_line_by_line_and_loads_no_torch(chain):
         str(ROOT / "examples" / "embedding" / "classify.py"),
         str(chain.export),
     ]
-    found = subprocess.run(command, input="\n".join(TEXTS), capture_output=True, text=True, check=True)
+    found = subprocess.run(command, input="\n".join(TEXTS).encode(), capture_output=True, check=True)
     answers = [json.loads(line) for line in found.stdout.splitlines()]
     classifier = Classifier(chain.export)
     assert [answer["label"] for answer in answers] == classifier.predict(TEXTS)
@@ -47,3 +54,18 @@ def test_other_languages_give_the_same_answers(chain, name, version):
     found = embedding.compare(chain.export, TEXTS, version, run)
     assert found["same_label"] == len(TEXTS)
     assert found["largest_probability_difference"] < (0.05 if version == "int8" else 1e-4)
+
+
+@pytest.mark.parametrize("name", ["node", "cpp"])
+def test_other_languages_refuse_a_bundle_of_pairs(chain, name, tmp_path):
+    run = embedding.available().get(name)
+    if run is None:
+        pytest.skip(f"{name}: not installed")
+    shutil.copytree(chain.export, tmp_path / "bundle")
+    manifest = json.loads((chain.export / "distill.json").read_text())
+    manifest["data"]["columns"]["text_pair"] = "second"
+    manifest["sha256"] = seal_manifest(manifest)
+    (tmp_path / "bundle" / "distill.json").write_text(json.dumps(manifest))
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        run(tmp_path / "bundle", TEXTS, "fp32")
+    assert "was trained on pairs of texts" in failed.value.stderr

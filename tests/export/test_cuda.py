@@ -218,7 +218,9 @@ def test_cuda_is_never_given_a_file_that_failed_the_kernel_check(bundle, chain, 
     found = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)
     for folder, file in ((bundle, "onnx/model_quantized.onnx"), (tmp_path / "off", "onnx/model.onnx")):
-        with pytest.raises(DistillError, match=r"\.onnx has operators that CUDA has no kernels for; leave the"):
+        with pytest.raises(
+            DistillError, match=r"\.onnx has operators that CUDA has no kernels for; leave the"
+        ):
             Classifier(folder, provider="cuda", file=file)
 
 

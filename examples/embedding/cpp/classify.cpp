@@ -227,6 +227,9 @@ int main(int count, char** arguments) try {
   const json manifest = read_json(bundle + "/distill.json");
   if (manifest.value("problem_type", "") == "multi_label_classification")
     throw std::runtime_error(bundle + ": its texts have several labels each; this program gives one");
+  const json columns = manifest.value("data", json::object()).value("columns", json::object());
+  if (columns.contains("text_pair") && !columns["text_pair"].is_null())
+    throw std::runtime_error(bundle + ": was trained on pairs of texts; this program gives single ones");
   if (manifest.value("long_texts", "head") != "head")
     throw std::runtime_error(bundle + ": reads more of a long text than its beginning; this program does not");
   const json& details = manifest.at("details");
