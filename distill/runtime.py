@@ -44,8 +44,8 @@ class Classifier:
 
     On a CPU texts run one at a time, several at once over threads that share one session: that is faster than
     batches, which pay for padding, and no answer depends on the texts beside it. On CUDA they run in batches
-    of similar length, on the first device of CUDA_VISIBLE_DEVICES. It may be shared by threads and
-    on a CPU used after a fork; a process that is spawned opens its own.
+    of similar length, on the first device of CUDA_VISIBLE_DEVICES. A `Classifier` may be shared by threads
+    and on a CPU used after a fork; a process that is spawned opens its own.
 
     Attributes:
         labels: label names, in the order of the columns of `predict_proba`.

@@ -34,6 +34,7 @@ READ_ROWS = 100_000  # of a file, to take texts from
 # A version as functions of one text and of many.
 Runs = tuple[Callable[[Text], object], Callable[[list[Text]], object]]
 MEMORY_TEXTS = 50
+PROBES = 3  # processes of each version
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,27 @@ def told_apart(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:
     return bool((first < second).all() or (first > second).all())
 
 
+def _not_told_apart(by_round: dict[str, NDArray[np.float64]]) -> list[list[str]]:
+    """Neighbours in the order of their medians; each version gives an array of shape (rounds,)."""
+    order = sorted(by_round, key=lambda name: float(np.median(by_round[name])))
+    return [list(pair) for pair in pairwise(order) if not told_apart(*(by_round[name] for name in pair))]
+
+
+def _spread_of(values: NDArray[np.float64]) -> dict[str, float]:
+    return {"median": float(np.median(values)), "low": float(values.min()), "high": float(values.max())}
+
+
+def _probe(found: list[Subject], texts: list[Text]) -> dict[str, NDArray[np.float64]]:
+    """Seconds of a cold start and MB of memory of processes of each version, in turns: shape (PROBES, 2)."""
+    taken: dict[str, list[tuple[float, float]]] = {subject.name: [] for subject in found}
+    for number in range(PROBES + 1):
+        logger.info("Cold starts: %d of %d", number + 1, PROBES + 1)
+        for subject in found if number % 2 else found[::-1]:
+            taken[subject.name].append(cold_start(subject.folder, subject.file, subject.provider, texts))
+    # The first run reads from the disk.
+    return {name: np.array(rows[1:]) for name, rows in taken.items()}
+
+
 def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
     """Measure every version and publish benchmark.json, benchmark.txt and benchmark.svg.
 
@@ -224,12 +246,7 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
     found = subjects(options)
     bundle = read_manifest(options.export, "export", "--export")
     texts = _texts(options, bundle)
-    probes = {}
-    for subject in found:
-        logger.info("Cold start: %s", subject.name)
-        place = subject.folder, subject.file, subject.provider
-        cold_start(*place, texts[:1])  # the first run reads from the disk
-        probes[subject.name] = np.array([cold_start(*place, texts[:MEMORY_TEXTS]) for _ in range(3)])
+    probes = _probe(found, texts[:MEMORY_TEXTS])
     runs = {subject.name: subject.open(bundle.labels, options.threads) for subject in found}
     measured = measure_rounds(runs, texts, options.rounds)
     medians = {name: np.median(times, axis=1) for name, (times, _) in measured.items()}
@@ -247,28 +264,22 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
                 "bytes": subject.size,
                 "latency_ms": {"p50": p50, "p95": p95, "p99": p99},
                 "median_by_round_ms": medians[subject.name].tolist(),
-                "speedup": {"median": float(np.median(ratios)), "low": ratios.min(), "high": ratios.max()},
-                "texts_per_second": {
-                    "median": float(np.median(speeds)),
-                    "low": speeds.min(),
-                    "high": speeds.max(),
-                },
-                "cold_start_s": float(np.median(probes[subject.name][:, 0])),
-                "peak_memory_mb": float(np.median(probes[subject.name][:, 1])),
+                "speedup": _spread_of(ratios),
+                "texts_per_second": _spread_of(speeds),
+                "cold_start_s": _spread_of(probes[subject.name][:, 0]),
+                "peak_memory_mb": _spread_of(probes[subject.name][:, 1]),
             }
         )
-    by_speed = sorted(medians, key=lambda name: float(np.median(medians[name])))
     result = {
         "cpu": cpu_name(),
         "texts": len(texts),
         "rounds": options.rounds,
         "threads": options.threads or cores(),
         "versions": rows,
-        "not_told_apart": [
-            [first, second]
-            for first, second in pairwise(by_speed)
-            if not told_apart(medians[first], medians[second])
-        ],
+        "not_told_apart": {
+            "latency": _not_told_apart(medians),
+            "texts_per_second": _not_told_apart({name: speeds for name, (_, speeds) in measured.items()}),
+        },
     }
     manifest = Manifest(
         stage="benchmark",

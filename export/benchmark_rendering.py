@@ -57,8 +57,8 @@ def render(result: dict[str, Any]) -> str:
                 f"{speedup['median']:.1f}x",
                 f"{speedup['low']:.1f}-{speedup['high']:.1f}",
                 f"{row['texts_per_second']['median']:,.0f}",
-                f"{row['cold_start_s']:.2f}",
-                f"{row['peak_memory_mb']:.0f}",
+                f"{row['cold_start_s']['median']:.2f}",
+                f"{row['peak_memory_mb']['median']:.0f}",
                 f"{row['bytes'] / 1e6:.1f}",
             )
         )
@@ -75,13 +75,18 @@ def render(result: dict[str, Any]) -> str:
         f"{result['texts']} texts, {result['rounds']} rounds, {result['cpu']}.",
         f"Latency: one text at a time, one thread. texts/s: {result['threads']} threads. "
         "cold: from starting Python to the first answer.",
+        "Medians; how far rounds and processes lie apart stands in benchmark.json.",
         f"faster: than {result['versions'][0]['version']}; by round: the least and the most of the rounds.",
     ]
     if result["texts"] < 100:
         lines.append("So few texts say little about p95 and p99: give 100 or more.")
+    on_cpu = [row["version"] for row in result["versions"] if row["runs_on"] == "pytorch"]
+    if on_cpu and any(row["runs_on"] == "cuda" for row in result["versions"]):
+        lines.append(f"On the CPU, in PyTorch: {', '.join(on_cpu)}; the others on CUDA.")
     lines += [
-        f"{first} and {second} cannot be told apart: neither was faster in every round. "
+        f"{first} and {second} cannot be told apart by {what}: neither was faster in every round. "
         "Run it on a quieter machine, or with more --rounds and --texts."
-        for first, second in result["not_told_apart"]
+        for what, key in (("latency", "latency"), ("texts/s", "texts_per_second"))
+        for first, second in result["not_told_apart"][key]
     ]
     return "\n".join(lines) + "\n"
