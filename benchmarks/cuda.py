@@ -3,7 +3,8 @@
 The demo's student is exported for both providers. Every node is held against the CUDA provider's kernels;
 labels and macro-F1 on the test split are computed on the CPU provider, or on the GPU where there is one.
 There each file, and the student in PyTorch in FP16, is timed too, and a profile says what ran on which
-provider. Writes benchmarks/results/cuda.json, or with a GPU cuda_NAME.json.
+provider. Writes benchmarks/results/cuda.json, with a GPU cuda_NAME.json, or the file
+that --output names.
 
 Usage: python benchmarks/cuda.py [DEMO_FOLDER], after `make demo`.
 """
@@ -103,7 +104,8 @@ def _speeds(bundle: Path, texts: list[str]) -> dict[str, Any]:
 
 @click.command()
 @click.argument("demo", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"))
-def main(demo: Path) -> None:
+@click.option("--output", type=click.Path(path_type=Path, resolve_path=True), help="File to write.")
+def main(demo: Path, output: Path | None) -> None:
     """Compare the files for CUDA with those for the CPU."""
     if not (demo / "runs" / "student").is_dir():
         raise click.ClickException(f"{demo}: no finished demo in it; run `make demo` first")
@@ -162,7 +164,7 @@ def main(demo: Path) -> None:
                 for name in ("fp16", "int8, CUDA")
             }
     gpu = f"_{result['gpu'].replace(' ', '_')}" if on_gpu else ""
-    (RESULTS / f"cuda{gpu}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (output or RESULTS / f"cuda{gpu}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     click.echo(json.dumps(result, indent=2))
 
 

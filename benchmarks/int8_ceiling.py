@@ -2,10 +2,10 @@
 
 The ceiling is what ONNX Runtime's MatMulInteger reaches alone, on one thread: with the matrices of the
 student's layers, and with the fastest of larger ones. The student has random weights, which its speed does
-not depend on. "as exported" is the same student before export leaves the other tokens out of its last layer.
-The other variants are what was tried and not taken: static ranges of activations in place of dynamic ones,
-cheaper forms of GELU, addition and LayerNormalization in one kernel. Writes
-benchmarks/results/int8_ceiling.json.
+not depend on. "as exported" is the same student before export leaves the other tokens out of its last layer,
+quantized in the same way. The other variants are what was tried and not taken: static ranges of activations
+in place of dynamic ones, cheaper forms of GELU, addition and LayerNormalization in one kernel. Writes
+benchmarks/results/int8_ceiling.json, or the file that --output names.
 
 Usage: python benchmarks/int8_ceiling.py [TOKENS]
 """
@@ -75,7 +75,7 @@ def _product(rows: int, inner: int, columns: int) -> Callable[[], Any]:
 
 
 def _student(folder: Path) -> dict[str, Path]:
-    """The student's INT8 files, as Optimum exports it and as distill does."""
+    """The student's INT8 files: of Optimum's graph, of what export makes of it, and variants."""
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(30_000))]
@@ -175,7 +175,8 @@ def _profile(path: Path, feeds: dict[str, Any], folder: Path, runs: int = 200) -
 @click.command()
 @click.argument("tokens", type=int, default=32)
 @click.option("--rounds", default=5, help="Students and ceiling take turns; the best round counts for each.")
-def main(tokens: int, rounds: int) -> None:
+@click.option("--output", type=click.Path(path_type=Path, resolve_path=True), help="File to write.")
+def main(tokens: int, rounds: int, output: Path | None) -> None:
     """Measure the student and its ceiling in turns."""
     RESULTS.mkdir(exist_ok=True)
     operations = 2 * tokens * LAYERS * sum(inner * columns for inner, columns in LAYER)
@@ -220,7 +221,8 @@ def main(tokens: int, rounds: int) -> None:
         "of_highest_ceiling": {name: speed[name] / ceiling for name in kept},
         "profile_microseconds": profiles,
     }
-    (RESULTS / "int8_ceiling.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    output = output or RESULTS / "int8_ceiling.json"
+    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     click.echo(json.dumps(result, indent=2))
 
 

@@ -1,8 +1,8 @@
 """`Classifier` against Optimum and `transformers.pipeline` on one INT8 file, and against its bare parts.
 
 Latency of one text (one thread each), bulk throughput on all cores (the pipeline with its best batch size),
-and the time from starting Python to the first answer. Writes benchmarks/results/runtime.json, or with another
-bundle runtime_NAME.json: the fewer layers, the more of the time is overhead.
+and the time from starting Python to the first answer. Writes benchmarks/results/runtime.json, with another
+bundle runtime_NAME.json, or the file that --output names: the fewer layers, the more of the time is overhead.
 
 Usage: python benchmarks/runtime.py [DEMO_FOLDER] [--bundle runs/two_layers] [--file test.csv]
 """
@@ -83,7 +83,8 @@ def _texts_per_second(run: Callable[[list[str]], Any], texts: list[str]) -> floa
 @click.option("--bundle", type=click.Path(path_type=Path), default=BUNDLE, help="In the demo's folder.")
 @click.option("--file", default="sentiment/test.csv", help="CSV with the texts, in the demo's folder.")
 @click.option("--repeats", default=5, help="Of throughput and of the cold start.")
-def main(demo: Path, count: int, bundle: Path, file: str, repeats: int) -> None:
+@click.option("--output", type=click.Path(path_type=Path, resolve_path=True), help="File to write.")
+def main(demo: Path, count: int, bundle: Path, file: str, repeats: int, output: Path | None) -> None:
     """Measure the runtime on the demo's bundle."""
     if not (demo / bundle).is_dir():
         raise click.ClickException(f"{demo}: no {bundle} in it; run `make demo` first")
@@ -121,7 +122,7 @@ def main(demo: Path, count: int, bundle: Path, file: str, repeats: int) -> None:
         "throughput_over_pipeline": speeds["distill"] / max(v for k, v in speeds.items() if k != "distill"),
         "cold_start_s": float(np.median(cold)),
     }
-    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (output or RESULTS / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     click.echo(json.dumps(result, indent=2))
 
 

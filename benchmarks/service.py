@@ -3,7 +3,7 @@
 200 clients ask for one text each, one after the other, for a minute; every answer is held against
 `Classifier`'s own. Then they send 64 texts a request, more than the machine can classify: some are shed with
 503, none fails otherwise, and the service answers as before when it is over. Writes
-benchmarks/results/service.json.
+benchmarks/results/service.json, or the file that --output names.
 
 Usage: python benchmarks/service.py [DEMO_FOLDER], after `make demo` and pip install '.[serve]'.
 """
@@ -97,7 +97,8 @@ def _memory(pid: int) -> int:
 @click.argument("demo", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"))
 @click.option("--clients", default=200)
 @click.option("--seconds", default=60.0)
-def main(demo: Path, clients: int, seconds: float) -> None:
+@click.option("--output", type=click.Path(path_type=Path, resolve_path=True), help="File to write.")
+def main(demo: Path, clients: int, seconds: float, output: Path | None) -> None:
     """Put the service under load."""
     if not (demo / BUNDLE).is_dir():
         raise click.ClickException(f"{demo}: no finished demo in it; run `make demo` first")
@@ -134,7 +135,7 @@ def main(demo: Path, clients: int, seconds: float) -> None:
     finally:
         service.terminate()
         service.wait()
-    (RESULTS / "service.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (output or RESULTS / "service.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     click.echo(json.dumps(result, indent=2))
 
 

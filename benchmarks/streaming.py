@@ -54,6 +54,8 @@ def stream(bundle: Path, texts: list[str], count: int, marks: int) -> dict[str, 
         "resident_mb": memory,
         "growth_mb": max(memory) - warm,
         "texts_per_second": [round(every / one) for one in seconds],
+        # Each over a quarter of the stream.
+        "end_over_start": sum(seconds[: marks // 4]) / sum(seconds[-(marks // 4) :]),
     }
 
 
