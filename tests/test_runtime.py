@@ -277,6 +277,15 @@ def test_a_bundle_of_pairs_answers_no_single_text_and_the_other_way_round(chain)
     assert len(classifier.predict([("lovely phone", "awful")])) == 1
 
 
+def test_auto_says_what_it_chose_and_why(chain, caplog):
+    caplog.set_level("INFO", logger="distill")
+    Classifier(chain.export, provider="cpu")
+    assert not caplog.messages
+    Classifier(chain.export)
+    said = f"{chain.export}: onnx/model_quantized.onnx on cpu: this onnxruntime has no CUDA provider"
+    assert caplog.messages == [said]
+
+
 def test_an_unknown_provider_is_refused(chain):
     with pytest.raises(DistillError, match="unknown; use auto, cpu or cuda"):
         Classifier(chain.export, provider="tpu")
