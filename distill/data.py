@@ -242,8 +242,19 @@ def load_data(
     return data
 
 
-def reload_data(manifest: dict[str, Any], labels: list[str], source: str | None = None) -> Data:
+def reload_data(
+    manifest: dict[str, Any],
+    labels: list[str],
+    source: str | None = None,
+    remedy: str = "say where with --data",
+) -> Data:
     """Load again what an earlier stage recorded in its manifest.
+
+    Args:
+        manifest: its `data`.
+        labels: label names, in its order.
+        source: where the data is now, if it has moved.
+        remedy: what a user can do if it is not found.
 
     Raises:
         DistillError: if the source is gone or its rows have changed since.
@@ -258,7 +269,7 @@ def reload_data(manifest: dict[str, Any], labels: list[str], source: str | None 
         )
     except DistillError as error:
         raise DistillError(
-            f"{error} (the earlier stage read it; if it has moved, say where with --data)"
+            f"{error} (the earlier stage read it; if it has moved, or was read in another folder, {remedy})"
         ) from error
     if data.fingerprint != manifest["fingerprint"]:
         raise DistillError(

@@ -151,7 +151,8 @@ def _texts(options: BenchmarkOptions, bundle: Manifest) -> list[Text]:
     if options.source is None:
         from distill.data import reload_data, texts_of
 
-        texts: list[Text] = list(texts_of(reload_data(bundle.data, bundle.labels).splits["test"]))
+        data = reload_data(bundle.data, bundle.labels, remedy="name a file with texts")
+        texts: list[Text] = list(texts_of(data.splits["test"]))
         return _spread(texts, options.texts)
     rows = islice(read_rows(options.source), READ_ROWS)
     pair = options.text_pair_column or second_column(bundle.data)

@@ -14,6 +14,7 @@ from distill.export.benchmark_rendering import render
 from distill.export.cold_start import cold_start
 
 from distill import DistillError
+from distill.artifact import read_manifest
 
 
 class Clock:
@@ -125,6 +126,15 @@ def test_own_texts_are_taken_from_a_file(chain, tmp_path, fast):
     (tmp_path / "own.csv").write_text("id,review\n1,lovely\n2,awful\n")
     options = _options(chain, tmp_path, source=tmp_path / "own.csv")
     assert run_benchmark(options)["texts"] == 2
+
+
+def test_data_that_has_moved_can_be_replaced_by_a_file_of_texts(chain, tmp_path):
+    bundle = read_manifest(chain.export, "export")
+    bundle.data["source"] = str(tmp_path / "gone.csv")
+    with pytest.raises(
+        DistillError, match=r"gone\.csv: .*, or was read in another folder, name a file with texts"
+    ):
+        benchmark._texts(_options(chain, tmp_path), bundle)
 
 
 @pytest.mark.slow
