@@ -26,6 +26,7 @@ from distill.explain.versions import Version, open_for_explanation, read_version
 from distill.explain.words import Words, split_words
 
 from distill.data import reload_data
+from distill.decision import Decision
 from distill.latency import cpu_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -86,7 +87,7 @@ def main(demo: Path, texts: int, repeats: int) -> None:
     rows = np.random.default_rng(0).choice(len(test), min(texts, len(test)), replace=False)
     sample = list(test.select(np.sort(rows))["text"])
     # shap explains plain probabilities, so faithfulness is measured on plain probabilities.
-    student, int8 = (replace(by_name[name], temperature=1.0) for name in ("student", "int8"))
+    student, int8 = (replace(by_name[name], decision=Decision()) for name in ("student", "int8"))
     sides = {
         "shap defaults, PyTorch pipeline": lambda: _shap_defaults(sample, student.folder, bundle.labels),
         "distill, INT8": lambda: _ours(sample, int8, bundle.labels),

@@ -45,6 +45,7 @@ MAX_CHARACTERS = 20_000  # in a text
 MAX_BYTES = 16_000_000  # of a request
 MAX_BYTES_AT_ONCE = 64_000_000  # of all requests that are read or answered
 MAX_BATCH = 256  # texts classified together
+MEASURED = 32  # texts in a batch that says how fast the service is; fewer may not keep all threads busy
 
 
 def _positive(name: str, default: Number, kind: Callable[[str], Number]) -> Number:
@@ -111,7 +112,7 @@ class Batcher:
         self._classifier, self._max_waiting, self._timeout = classifier, max_waiting, timeout
         self._requests: deque[tuple[list[str], asyncio.Future[NDArray]]] = deque()
         self._arrived = asyncio.Event()
-        self._texts = self._seconds = 0.0  # of the latest batches, each counted less than the next
+        self._texts = self._seconds = 0.0  # of the latest large batches, each counted less than the next
         self.waiting = 0
         self.full = False
 
@@ -137,7 +138,7 @@ class Batcher:
             raise Overloaded(f"no answer within {self._timeout:g} s; try again later") from None
 
     def _in_time(self) -> float:
-        """Texts that are answered within most of the timeout, at the speed of the latest batches."""
+        """Texts that are answered within most of the timeout, at the speed of the latest large batches."""
         return 0.8 * self._timeout * self._texts / self._seconds if self._seconds else math.inf
 
     async def run(self) -> None:
@@ -179,8 +180,9 @@ class Batcher:
                 batch[0][1].set_exception(error)
             return
         self.waiting -= len(texts)
-        self._texts = 0.8 * self._texts + len(texts)
-        self._seconds = 0.8 * self._seconds + time.perf_counter() - started
+        if len(texts) >= MEASURED:
+            self._texts = 0.8 * self._texts + len(texts)
+            self._seconds = 0.8 * self._seconds + time.perf_counter() - started
         start = 0
         for texts, answer in batch:
             if not answer.done():

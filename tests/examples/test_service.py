@@ -202,7 +202,8 @@ def test_a_full_queue_sheds_at_once_and_recovers():
     assert asyncio.run(_with_batcher(batcher, work))[0, 0] == 2
 
 
-def test_no_more_texts_wait_than_can_be_answered_in_time():
+def test_no_more_texts_wait_than_can_be_answered_in_time(monkeypatch):
+    monkeypatch.setattr(service, "MEASURED", 1)
     batcher = Batcher(_Slow(0.2), max_waiting=1000, timeout=1)
 
     async def work():
@@ -213,6 +214,16 @@ def test_no_more_texts_wait_than_can_be_answered_in_time():
             await batcher.classify(["y"] * 2)
         await asyncio.gather(*first)
         return await batcher.classify(["z"] * 9)  # what finds nothing before it is always tried
+
+    assert len(asyncio.run(_with_batcher(batcher, work))) == 9
+
+
+def test_a_few_texts_do_not_say_how_fast_the_service_is():
+    batcher = Batcher(_Slow(0.2), max_waiting=1000, timeout=1)
+
+    async def work():
+        await batcher.classify(["x"])  # 5 a second
+        return await asyncio.gather(*(batcher.classify(["x"] * 9) for _ in range(9)))
 
     assert len(asyncio.run(_with_batcher(batcher, work))) == 9
 
