@@ -1,11 +1,11 @@
 """How close a 2-layer, 384-wide INT8 student comes to the core's own INT8 speed, and where the rest goes.
 
 The ceiling is what ONNX Runtime's MatMulInteger reaches alone, on one thread: with the matrices of the
-student's layers, and with the fastest of larger ones. The student has random weights, which its speed does
-not depend on. "as exported" is the same student before export leaves the other tokens out of its last layer,
-quantized in the same way. The other variants are what was tried and not taken: static ranges of activations
-in place of dynamic ones, cheaper forms of GELU, addition and LayerNormalization in one kernel. Writes
-benchmarks/results/int8_ceiling.json, or the file that --output names.
+student's layers, and with the fastest of larger ones; MatMul in fp32 stands beside it. The student has random
+weights, which its speed does not depend on. "as exported" is the same student before export leaves the other
+tokens out of its last layer, quantized in the same way. The other variants are what was tried and not taken:
+static ranges of activations in place of dynamic ones, cheaper forms of GELU, addition and LayerNormalization
+in one kernel. Writes benchmarks/results/int8_ceiling.json, or the file that --output names.
 
 Usage: python benchmarks/int8_ceiling.py [TOKENS]
 """
@@ -56,21 +56,26 @@ def _seconds(run: Callable[[], Any], repeats: int = 300) -> float:
     return float(np.median(times[20:]))
 
 
-def _product(rows: int, inner: int, columns: int) -> Callable[[], Any]:
-    """One MatMulInteger, UINT8 x INT8, of rows x inner by inner x columns."""
+def _product(rows: int, inner: int, columns: int, integer: bool = True) -> Callable[[], Any]:
+    """One product of rows x inner by inner x columns: MatMulInteger, UINT8 x INT8, or MatMul in fp32."""
     generator = np.random.default_rng(0)
-    weights = generator.integers(-127, 127, (inner, columns)).astype(np.int8)
+    weights = generator.integers(-127, 127, (inner, columns)).astype(np.int8 if integer else np.float32)
     zero = numpy_helper.from_array(np.uint8(128), "zero")
+    kind, given_type, found_type = (
+        ("MatMulInteger", TensorProto.UINT8, TensorProto.INT32)
+        if integer
+        else ("MatMul", TensorProto.FLOAT, TensorProto.FLOAT)
+    )
     graph = helper.make_graph(
-        [helper.make_node("MatMulInteger", ["a", "weights", "zero"], ["c"])],
+        [helper.make_node(kind, ["a", "weights", *(["zero"] if integer else [])], ["c"])],
         "product",
-        [helper.make_tensor_value_info("a", TensorProto.UINT8, [rows, inner])],
-        [helper.make_tensor_value_info("c", TensorProto.INT32, [rows, columns])],
-        [numpy_helper.from_array(weights, "weights"), zero],
+        [helper.make_tensor_value_info("a", given_type, [rows, inner])],
+        [helper.make_tensor_value_info("c", found_type, [rows, columns])],
+        [numpy_helper.from_array(weights, "weights"), *([zero] if integer else [])],
     )
     opset = [helper.make_opsetid("", 17)]
     session = _session(helper.make_model(graph, opset_imports=opset, ir_version=9).SerializeToString())
-    given = {"a": generator.integers(0, 255, (rows, inner)).astype(np.uint8)}
+    given = {"a": generator.integers(0, 255, (rows, inner)).astype(np.uint8 if integer else np.float32)}
     return lambda: session.run(None, given)
 
 
@@ -197,7 +202,9 @@ def main(tokens: int, rounds: int, output: Path | None) -> None:
         for inner, columns in LAYER:
             name = f"MatMulInteger {tokens} x {inner} x {columns}"
             sides[name] = (_product(tokens, inner, columns), 2 * tokens * inner * columns)
-        sides["MatMulInteger 512 x 384 x 1536"] = (_product(512, 384, 1536), 2 * 512 * 384 * 1536)
+        large = (512, 384, 1536)
+        sides["MatMulInteger 512 x 384 x 1536"] = (_product(*large), 2 * 512 * 384 * 1536)
+        sides["fp32 MatMul 512 x 384 x 1536"] = (_product(*large, integer=False), 2 * 512 * 384 * 1536)
         best = {name: float("inf") for name in sides}
         for _ in range(rounds):
             for name, (run, _) in sides.items():
