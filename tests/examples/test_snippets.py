@@ -66,7 +66,7 @@ def test_snippets_of_one_review_never_stand_in_two_splits(source_archive, tmp_pa
     assert not groups["train"] & groups["test"]
     assert not groups["validation"] & groups["test"]
     assert sum(len(group) for group in groups.values()) == 3 * 40
-    assert len(_read(tmp_path / "data" / "unlabeled.csv")) == 200
+    assert len(_read(tmp_path / "data" / "unlabeled.csv")) == 100
 
 
 def test_an_archive_with_other_content_is_refused(source_archive, tmp_path, monkeypatch):
