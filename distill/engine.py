@@ -206,13 +206,16 @@ def _open_tokenizer(parts: Bundle) -> tuple[Tokenizer, int]:
 
 
 def _open_session(parts: Bundle, file: str, provider: str) -> Any:
-    checked = parts.manifest["details"].get("on_cuda")  # a bundle that is being exported has no list yet
-    if provider == "cuda" and checked is not None and file not in checked:
+    model = parts.model(file)
+    details = parts.manifest["details"]
+    files = details["files"]
+    # A bundle that is being exported, or an older one, has no list of the files that were checked.
+    bad = [files["cpu"]] if files.get("cpu") != files.get("fp32") else []
+    if provider == "cuda" and (file not in details["on_cuda"] if "on_cuda" in details else file in bad):
         raise ProviderError(
             f"provider 'cuda': {parts.place / file} has operators that CUDA has no kernels for; "
             "leave the file out, or use one that `distill export --provider cuda` wrote"
         )
-    model = parts.model(file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1

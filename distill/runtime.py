@@ -167,8 +167,8 @@ class Classifier:
         if isinstance(texts, str):
             raise DistillError("texts: a single string; give a list of strings, as in predict([text])")
         if isinstance(texts, Mapping) or hasattr(texts, "columns"):  # they iterate over their keys
-            raise DistillError(f"texts: {type(texts).__name__} instead of a list of strings; give one column "
-                               "of it, as in predict(list(table['text'])), and pairs as tuples")  # fmt: skip
+            raise DistillError(f"texts: {type(texts).__name__} instead of a list of strings; give its column "
+                               "with the texts as a list, and pairs as a list of tuples")  # fmt: skip
         if not isinstance(texts, Iterable):
             raise DistillError(f"texts: {type(texts).__name__} instead of a list of strings")
         for index, text in enumerate(texts):

@@ -173,7 +173,7 @@ def test_a_single_string_and_other_types_are_refused(classifier):
     for table in ({"text": "lovely"}, pyarrow.table({"text": ["lovely"]})):
         for ask in (classifier, classifier.predict, lambda texts: next(classifier.stream_logits(texts))):
             with pytest.raises(
-                DistillError, match=r"texts: (dict|Table) instead of a list .* give one column"
+                DistillError, match=r"texts: (dict|Table) instead of a list .* give its column"
             ):
                 ask(table)
     assert classifier("lovely", truncation=True) == classifier("lovely")

@@ -13,7 +13,7 @@ def main(bundle: str) -> None:
     """Answer each line of standard input with a line of JSON."""
     classifier = Classifier(bundle)
     # Bytes, since there a line ends with a line feed alone, as in the other languages.
-    texts = (line.rstrip(b"\n").decode("utf-8", "surrogateescape") for line in sys.stdin.buffer)
+    texts = (line.rstrip(b"\r\n").decode("utf-8", "surrogateescape") for line in sys.stdin.buffer)
     for logits in classifier.stream_logits(texts):
         scores = dict(zip(classifier.labels, classifier.probabilities(logits).tolist(), strict=True))
         label = classifier.answer(logits)  # a list, where a text may have several

@@ -1,9 +1,10 @@
 """A classifier as a web service: `uvicorn distill.examples.embedding.service:app`.
 
-Requests wait in one bounded queue, no longer than can be answered in time. Whatever waits when the classifier
-is free is answered as one batch, so nothing is delayed to fill one. A full queue sheds load with 503 at once,
-without reading more bodies until it has answered a batch, and so do bodies that would take too much memory
-together; a request that waited too long gets 503 too, and its texts are not classified any more.
+Requests wait in one bounded queue, which holds no more than can be answered in time. Whatever waits when the
+classifier is free is answered as one batch, so nothing is delayed to fill one. A full queue sheds load with
+503 at once, and until the next batch is answered bodies no shorter than one that found no room are not even
+read. Bodies that would take too much memory together are shed too, and a request that waited too long, whose
+texts are not classified any more.
 
 Settings, from the environment: DISTILL_BUNDLE (folder or single file), DISTILL_PROVIDER (auto, cpu or cuda),
 DISTILL_THREADS, DISTILL_MAX_WAITING (texts in the queue), DISTILL_TIMEOUT (seconds, for a body to arrive, and
@@ -45,7 +46,7 @@ MAX_CHARACTERS = 20_000  # in a text
 MAX_BYTES = 16_000_000  # of a request
 MAX_BYTES_AT_ONCE = 64_000_000  # of all requests that are read or answered
 MAX_BATCH = 256  # texts classified together
-MEASURED = 32  # texts in a batch that says how fast the service is; fewer may not keep all threads busy
+MEASURED = 32  # texts in a batch that says how slow the service is; fewer may not keep all threads busy
 
 
 def _positive(name: str, default: Number, kind: Callable[[str], Number]) -> Number:
@@ -105,7 +106,7 @@ class Batcher:
 
     Attributes:
         waiting: texts in the queue or in work.
-        full: a request found no room, and no batch has ended since.
+        refused: bytes of the shortest body that found no room since the last batch ended.
     """
 
     def __init__(self, classifier: Classifier, max_waiting: int, timeout: float) -> None:
@@ -114,10 +115,14 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._texts = self._seconds = 0.0  # of the latest large batches, each counted less than the next
         self.waiting = 0
-        self.full = False
+        self.refused = math.inf
 
-    async def classify(self, texts: list[str]) -> NDArray:
+    async def classify(self, texts: list[str], size: float = math.inf) -> NDArray:
         """Logits, shape (n, classes).
+
+        Args:
+            texts: n of them.
+            size: bytes of the request that has them.
 
         Raises:
             TooMany: if the queue could never hold them.
@@ -126,7 +131,7 @@ class Batcher:
         if len(texts) > self._max_waiting:
             raise TooMany(f"{len(texts)} texts; the service takes {self._max_waiting} at once")
         if self.waiting and self.waiting + len(texts) > min(self._max_waiting, self._in_time()):
-            self.full = True
+            self.refused = min(self.refused, size)
             raise Overloaded(f"{self.waiting} texts are waiting already; try again later")
         answer: asyncio.Future[NDArray] = asyncio.get_running_loop().create_future()
         self.waiting += len(texts)
@@ -148,7 +153,7 @@ class Batcher:
             batch = self._take()
             if batch:
                 await self._answer(batch)
-            self.full = False
+            self.refused = math.inf
 
     def _take(self) -> list[tuple[list[str], asyncio.Future[NDArray]]]:
         """The oldest requests, up to a batch, without those that nobody waits for any more."""
@@ -180,9 +185,12 @@ class Batcher:
                 batch[0][1].set_exception(error)
             return
         self.waiting -= len(texts)
-        if len(texts) >= MEASURED:
+        taken = time.perf_counter() - started
+        # Where few texts may wait, only small batches can tell that the service has become faster again.
+        faster = len(texts) * self._seconds > self._texts * taken
+        if len(texts) >= MEASURED or faster:
             self._texts = 0.8 * self._texts + len(texts)
-            self._seconds = 0.8 * self._seconds + time.perf_counter() - started
+            self._seconds = 0.8 * self._seconds + taken
         start = 0
         for texts, answer in batch:
             if not answer.done():
@@ -242,7 +250,7 @@ class Watch:
             refusal = _problem(411, "send a Content-Length, and no Transfer-Encoding")
         elif int(length) > MAX_BYTES:
             refusal = _problem(413, f"{length} bytes; a request may have {MAX_BYTES}")
-        elif scope["app"].state.batcher.full:
+        elif int(length) >= scope["app"].state.batcher.refused:
             refusal = _shed("no room for more texts; try again later")
         elif self._bytes + int(length) > MAX_BYTES_AT_ONCE:
             refusal = _shed(f"requests of {self._bytes} bytes are in work already; try again later")
@@ -295,7 +303,8 @@ async def predict(given: Texts, request: Request) -> JSONResponse:
     """Classify up to 128 texts."""
     classifier, metrics = request.app.state.classifier, request.app.state.metrics
     predictions = []
-    for row in await request.app.state.batcher.classify(given.texts):
+    size = int(request.headers["content-length"])
+    for row in await request.app.state.batcher.classify(given.texts, size):
         probabilities = dict(zip(classifier.labels, classifier.probabilities(row).tolist(), strict=True))
         label = classifier.answer(row)
         for one in [label] if isinstance(label, str) else label:

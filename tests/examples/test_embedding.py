@@ -23,6 +23,7 @@ TEXTS = [text for text, _ in make_rows(30, seed=5)] + [
     "lovely\u2028awful",
     "lovely\rawful",
     "lovely\x85awful",
+    "CRLF\r",
 ]
 
 

@@ -1,4 +1,5 @@
 import asyncio
+import math
 import time
 
 import numpy as np
@@ -192,11 +193,13 @@ def test_a_full_queue_sheds_at_once_and_recovers():
         await asyncio.sleep(0)
         started = time.perf_counter()
         with pytest.raises(Overloaded, match="5 texts are waiting"):
-            await batcher.classify(["y"])
-        assert time.perf_counter() - started < 0.15 and batcher.full
+            await batcher.classify(["y"], 80)
+        with pytest.raises(Overloaded, match="5 texts are waiting"):
+            await batcher.classify(["yyyyyyyy"], 90)
+        assert time.perf_counter() - started < 0.15 and batcher.refused == 80
         await asyncio.gather(*first)
         await asyncio.sleep(0)
-        assert not batcher.full
+        assert batcher.refused == math.inf
         return await batcher.classify(["yy"])
 
     assert asyncio.run(_with_batcher(batcher, work))[0, 0] == 2
@@ -207,11 +210,12 @@ def test_no_more_texts_wait_than_can_be_answered_in_time(monkeypatch):
     batcher = Batcher(_Slow(0.2), max_waiting=1000, timeout=1)
 
     async def work():
-        await batcher.classify(["x"])  # 5 a second: 4 within most of the time
+        await batcher.classify(["x"])  # 5 a second: not quite 4 within most of the time
         first = [asyncio.create_task(batcher.classify(["x"])) for _ in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="3 texts are waiting"):
-            await batcher.classify(["y"] * 2)
+            await batcher.classify(["y"], 80)
+        assert batcher.refused == 80
         await asyncio.gather(*first)
         return await batcher.classify(["z"] * 9)  # what finds nothing before it is always tried
 
@@ -228,6 +232,20 @@ def test_a_few_texts_do_not_say_how_fast_the_service_is():
     assert len(asyncio.run(_with_batcher(batcher, work))) == 9
 
 
+def test_a_service_that_has_become_faster_again_takes_more():
+    classifier = _Slow(0.5)
+    batcher = Batcher(classifier, max_waiting=1000, timeout=0.6)
+
+    async def work():
+        await batcher.classify(["x"] * 32)  # 64 a second: 30 within most of the time
+        classifier.seconds = 0.01
+        for _ in range(20):
+            await batcher.classify(["x"] * 8)
+        return await asyncio.gather(*(batcher.classify(["x"] * 20) for _ in range(9)))
+
+    assert len(asyncio.run(_with_batcher(batcher, work))) == 9
+
+
 def test_a_queue_that_nobody_waits_for_any_more_is_not_full():
     batcher = Batcher(_Slow(0.3), max_waiting=2, timeout=0.1)
 
@@ -235,12 +253,12 @@ def test_a_queue_that_nobody_waits_for_any_more_is_not_full():
         first = [asyncio.create_task(batcher.classify([text])) for text in "xy"]
         await asyncio.sleep(0.05)
         with pytest.raises(Overloaded):
-            await batcher.classify(["z"])
+            await batcher.classify(["z"], 80)
         await asyncio.gather(*first, return_exceptions=True)
         await asyncio.sleep(0.4)
 
     asyncio.run(_with_batcher(batcher, work))
-    assert batcher.waiting == 0 and not batcher.full
+    assert batcher.waiting == 0 and batcher.refused == math.inf
 
 
 def test_a_request_that_waits_too_long_is_shed_and_not_classified():
@@ -284,11 +302,12 @@ def test_overload_is_503_with_a_hint_when_to_come_again(client, monkeypatch):
     answer = client.post("/predict", json={"texts": ["x"] * 2})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert "waiting" in answer.json()["detail"]
-    # Until a batch has been answered, bodies are not even read.
-    answer = client.post("/predict", content=b"no JSON")
+    # Until a batch has been answered, bodies no shorter than that one are not even read.
+    answer = client.post("/predict", content=b"no JSON" * 9)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-    client.app.state.batcher.full = False
     assert client.post("/predict", content=b"no JSON").status_code == 422
+    client.app.state.batcher.refused = math.inf
+    assert client.post("/predict", content=b"no JSON" * 9).status_code == 422
 
 
 def test_what_is_no_text_is_refused_and_failures_are_counted(client, monkeypatch):

@@ -239,6 +239,7 @@ int main(int count, char** arguments) try {
   const Tokenizer tokenizer(bundle, manifest.at("max_length"));
   const Model model(bundle + "/" + file);
   for (std::string text; std::getline(std::cin, text);) {
+    if (!text.empty() && text.back() == '\r') text.pop_back();
     const std::vector<float> logits = model.logits(tokenizer.encode(text), labels.size());
     const auto best = std::max_element(logits.begin(), logits.end());
     double sum = 0;

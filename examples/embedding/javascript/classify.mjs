@@ -39,6 +39,6 @@ async function* lines(stream) {
 
 for await (const text of lines(process.stdin)) {
   // One text at a time: INT8 answers then do not depend on the texts beside them.
-  const answers = await classify(text, { top_k: null });
+  const answers = await classify(text.replace(/\r$/, ""), { top_k: null });
   console.log(JSON.stringify(answers));
 }
