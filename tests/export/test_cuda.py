@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from distill import Classifier, export_student
 from distill.artifact import read_manifest
+from distill.bundle import open_bundle
 from distill.errors import DistillError
 
 optimums_graph = pytest.mark.xfail(
@@ -222,6 +223,13 @@ def test_cuda_is_never_given_a_file_that_failed_the_kernel_check(bundle, chain, 
             DistillError, match=r"\.onnx has operators that CUDA has no kernels for; leave the"
         ):
             Classifier(folder, provider="cuda", file=file)
+    with pytest.raises(DistillError, match=r"onnx/none\.onnx: not a file of this bundle"):
+        Classifier(bundle, provider="cuda", file="onnx/none.onnx")
+    # An older bundle has no list.
+    older = open_bundle(bundle)
+    del older.manifest["details"]["on_cuda"]
+    with pytest.raises(DistillError, match="CUDA has no kernels for"):
+        Classifier(older, provider="cuda", file="onnx/model_quantized.onnx")
 
 
 def test_cuda_that_is_not_really_used_is_an_error_and_auto_says_so(bundle, monkeypatch, caplog):
