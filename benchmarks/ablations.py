@@ -29,7 +29,7 @@ from unittest import mock
 import click
 import numpy as np
 import torch
-from distill.student import training
+from distill.student import soft_labels, training
 from distill.student.losses import UNLABELED, distillation_loss
 from distill.student.training import StudentOptions
 from distill.teacher.training import TeacherOptions
@@ -45,6 +45,7 @@ from distill.devices import choose_precision
 from distill.latency import cpu_name
 from distill.models import load_model, load_tokenizer
 from distill.predictions import read_predictions
+from distill.training import predict_logits
 
 RESULTS = Path(__file__).resolve().parent / "results" / "ablations"
 SETS = ("banking77", "sst2_sentences")
@@ -56,8 +57,8 @@ BESIDE = 2  # students that train at the same time: a small one keeps few cores 
 
 def logit_mse(student: Tensor, teacher: Tensor, labels: Tensor, _: float, alpha: float) -> Tensor:
     """Squared difference of centred logits in place of KL: Kim et al. (2021), arXiv 2105.08919."""
-    centred = [logits - logits.mean(dim=-1, keepdim=True) for logits in (student, teacher)]
-    return alpha * F.mse_loss(*centred) + (1 - alpha) * _hard(student, labels)
+    own, theirs = (logits - logits.mean(dim=-1, keepdim=True) for logits in (student, teacher))
+    return alpha * F.mse_loss(own, theirs) + (1 - alpha) * _hard(student, labels)
 
 
 def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, _: float, alpha: float) -> Tensor:
@@ -70,7 +71,7 @@ def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, _: float, alpha:
     yes, true = (torch.cat([share, 1 - share], dim=-1).clamp_min(1e-7) for share in kept)
     binary = F.kl_div(yes.log(), true, reduction="batchmean")
     others = [logits.scatter(-1, first, -1e4) for logits in (student, teacher)]
-    rest = F.kl_div(*(F.log_softmax(one, dim=-1) for one in others), reduction="batchmean", log_target=True)
+    rest = _divergence(*others)
     return alpha * (binary + 2 * rest) + (1 - alpha) * _hard(student, labels)
 
 
@@ -80,8 +81,12 @@ def standardised(
     """KL of logits of mean 0 and deviation 1, at T = 2: Sun et al. (2024), arXiv 2403.01427."""
     even = [(one - one.mean(-1, keepdim=True)) / one.std(-1, keepdim=True).clamp_min(1e-6) / 2
             for one in (student, teacher)]  # fmt: skip
-    soft = F.kl_div(*(F.log_softmax(one, dim=-1) for one in even), reduction="batchmean", log_target=True)
-    return alpha * 2**2 * soft + (1 - alpha) * _hard(student, labels)
+    return alpha * 2**2 * _divergence(*even) + (1 - alpha) * _hard(student, labels)
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    own, theirs = (F.log_softmax(logits, dim=-1) for logits in (student, teacher))
+    return F.kl_div(own, theirs, reduction="batchmean", log_target=True)
 
 
 def _hard(student: Tensor, labels: Tensor) -> Tensor:
@@ -112,7 +117,7 @@ def _two_teachers() -> AbstractContextManager[Any]:
         # The caller divides by the first one's temperature.
         return np.asarray(temperatures[0] * np.log(np.mean(found, axis=0)), dtype=np.float32)
 
-    one_teacher = training.teacher_logits
+    one_teacher = soft_labels.teacher_logits
     return mock.patch.object(training, "teacher_logits", both)
 
 
@@ -129,7 +134,7 @@ def _features(teacher: Path, manifest: Any, texts: Any) -> NDArray[np.float32]:
     else:
         model.config.num_labels, model.classifier = head.in_features, nn.Identity()
     tokenizer = load_tokenizer(str(teacher), manifest.max_length)
-    found = training.predict_logits(model, tokenizer, texts, "cpu", choose_precision("cpu"))
+    found = predict_logits(model, tokenizer, texts, "cpu", choose_precision("cpu"))
     np.save(file, found)
     return found
 
@@ -156,13 +161,13 @@ def _with_features() -> Iterator[None]:
         return np.hstack([one_teacher(teacher, manifest, texts, *how), own])
 
     def both(logits: Tensor, teacher: Tensor, *rest: Any) -> Tensor:
-        kept, expected = teacher.split([logits.shape[1], teacher.shape[1] - logits.shape[1]], dim=1)
+        kept, expected = teacher[:, : logits.shape[1]], teacher[:, logits.shape[1] :]
         if not expected.shape[1]:  # validation text
             return distillation_loss(logits, kept, *rest)
         distance = 1 - F.cosine_similarity(student["features"].float(), expected, dim=1).mean()
         return distillation_loss(logits, kept, *rest) + distance
 
-    build, one_teacher = training._build, training.teacher_logits
+    build, one_teacher = training._build, soft_labels.teacher_logits
     with (
         mock.patch.object(training, "_build", built),
         mock.patch.object(training, "teacher_logits", labelled),

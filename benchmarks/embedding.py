@@ -168,7 +168,7 @@ def main(demo: Path, count: int) -> None:
     result: dict[str, Any] = {"cpu": cpu_name(), "left_out": sorted({"node", "chromium", "cpp"} - set(sides))}
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch) / "bundle"
-        command = [
+        command: list[str | Path] = [
             sys.executable,
             "-m",
             "distill.cli",

@@ -34,7 +34,7 @@ def _students(data: Path, model: str, seed: int, folds: int, layers: int, place:
     from distill import train_student, train_teacher
     from distill.artifact import read_manifest
 
-    common = {"seed": seed, "min_steps": MIN_STEPS}
+    common: dict[str, Any] = {"seed": seed, "min_steps": MIN_STEPS}
     teacher = place / "runs" / "teacher"
     train_teacher(TeacherOptions(output=teacher, data=str(data), model=model, folds=folds, **common))
     found = {"teacher": read_manifest(teacher, "train-teacher").metrics["validation"]["macro_f1"]}

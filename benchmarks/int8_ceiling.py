@@ -14,6 +14,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -196,8 +197,7 @@ def main(tokens: int, rounds: int, output: Path | None) -> None:
         }
         sessions = {name: _session(path) for name, path in files.items()}
         sides: dict[str, tuple[Callable[[], Any], int]] = {
-            name: (lambda session=session: session.run(None, feeds), operations)
-            for name, session in sessions.items()
+            name: (partial(session.run, None, feeds), operations) for name, session in sessions.items()
         }
         for inner, columns in LAYER:
             name = f"MatMulInteger {tokens} x {inner} x {columns}"

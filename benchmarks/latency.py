@@ -8,6 +8,7 @@ Usage: python benchmarks/latency.py [DEMO_FOLDER], after `make demo`.
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 from distill.explain.report import ReportOptions, compile_report
@@ -37,7 +38,7 @@ def main(demo: Path, texts: int) -> None:
     click.echo(render_summary(report))
 
 
-def render_summary(report: dict) -> str:
+def render_summary(report: dict[str, Any]) -> str:
     """One line a version."""
     lines = [
         f"{row['version']:10} {row['latency_ms']:8.2f} ms {row['speedup']:6.1f} x"

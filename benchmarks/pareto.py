@@ -69,7 +69,7 @@ def _alone() -> tuple[str, ...]:
 
 def _students(seeded: Sequence[int], depths: Sequence[int]) -> dict[str, tuple[str, ...]]:
     """Folder of every student, and the options that make it."""
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for layers in seeded:
         for seed in SEEDS:
             shape = ("--layers", str(layers), "--seed", str(seed))

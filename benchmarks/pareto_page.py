@@ -87,8 +87,15 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.tight_layout()
     columns = min(5, 2 * len(results))
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0)}
-    figure.legend(known.values(), known.keys(), ncols=columns, fontsize=8, frameon=False, **below)
+    figure.legend(
+        known.values(),
+        known.keys(),
+        ncols=columns,
+        fontsize=8,
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+    )
     figure.savefig(path, bbox_inches="tight")
 
 

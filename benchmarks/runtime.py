@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def _pipeline(bundle: Path, threads: int | None) -> Callable[..., Any]:
     model = ORTModelForSequenceClassification.from_pretrained(
         bundle, subfolder="onnx", file_name=FILE, session_options=options
     )
-    tokenizer = AutoTokenizer.from_pretrained(bundle)
-    return pipeline("text-classification", model=model, tokenizer=tokenizer, truncation=True)
+    parts = {"model": model, "tokenizer": AutoTokenizer.from_pretrained(bundle)}
+    found: Callable[..., Any] = pipeline("text-classification", **parts, truncation=True)
+    return found
 
 
 def _bare(bundle: Path) -> Callable[[str], Any]:
@@ -93,7 +95,7 @@ def main(demo: Path, count: int, bundle: Path, file: str, repeats: int, output: 
     texts = pyarrow.csv.read_csv(file)["text"].to_pylist()
     one = Classifier(bundle, provider="cpu", threads=1)
     pipeline = _pipeline(bundle, 1)
-    sides = {
+    sides: dict[str, Callable[[str], Any]] = {
         "bare": _bare(bundle),
         "distill": lambda text: one.predict([text]),
         "distill, as a pipeline": one,
@@ -106,7 +108,7 @@ def main(demo: Path, count: int, bundle: Path, file: str, repeats: int, output: 
     for _ in range(repeats):
         runs.setdefault("distill", []).append(_texts_per_second(every.predict, texts))
         for size in BATCH_SIZES:
-            speed = _texts_per_second(lambda given, size=size: parallel(given, batch_size=size), texts)
+            speed = _texts_per_second(partial(parallel, batch_size=size), texts)
             runs.setdefault(f"pipeline, batches of {size}", []).append(speed)
     speeds = {name: float(np.median(values)) for name, values in runs.items()}
     # The first warms the file cache, and writes bytecode where there is none.

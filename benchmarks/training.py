@@ -61,7 +61,7 @@ def with_defaults(model: Any, tokenizer: Any, train: Dataset) -> None:
 
 def without(shortcut: str, model: Any, tokenizer: Any, train: Dataset, batch_size: int) -> None:
     """As `distill train-student` would without one of its shortcuts, named by its function."""
-    with mock.patch.object(training, shortcut, lambda *_: nullcontext()):
+    with mock.patch.object(training, shortcut, lambda *_, **__: nullcontext()):
         from_kept_labels(model, tokenizer, train, batch_size)
 
 
@@ -103,7 +103,7 @@ def with_teacher_in_step(
     with (
         tempfile.TemporaryDirectory() as folder,
         first_token_only(model),
-        used_tokens_only(model, tokenizer, train) as new_ids,
+        used_tokens_only(model, tokenizer, [train], "cpu", Path(folder, "used_tokens.json")) as new_ids,
     ):
         collate = Collator(tokenizer, new_ids)
         arguments = TrainingArguments(
