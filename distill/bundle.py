@@ -7,9 +7,10 @@ is simply appended.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from distill.errors import DistillError
 
@@ -18,9 +19,10 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 _METADATA_PROPS = 14  # the field's number in ONNX's ModelProto
 _SEAL = "sha256"
-_AGAIN = "export it again"
+AGAIN = "copy the whole bundle again, or export it again"
 
 
+@runtime_checkable
 class Bundle(Protocol):
     """What `Classifier` needs of a bundle.
 
@@ -39,7 +41,7 @@ class Bundle(Protocol):
         """An ONNX file as onnxruntime takes it: its bytes, or its path where its weights lie beside it."""
 
 
-def open_bundle(place: str | Path, sealed: bool = True) -> Bundle:
+def open_bundle(place: str | os.PathLike[str], sealed: bool = True) -> Bundle:
     """Open a folder or a single file.
 
     Args:
@@ -75,14 +77,14 @@ def _parse_manifest(content: bytes, place: Path) -> dict[str, Any]:
     try:
         manifest = dict(json.loads(content))
     except (ValueError, TypeError, RecursionError) as error:
-        raise DistillError(f"{place / MANIFEST}: damaged ({error}); {_AGAIN}") from error
+        raise DistillError(f"{place / MANIFEST}: damaged ({error}); {AGAIN}") from error
     details = manifest.get("details")
     if not isinstance(details, dict) or "files" not in details:
         stage = manifest.get("stage")
         raise DistillError(
             f"{place}: not a bundle (written by {stage}); run `distill export` on it"
             if stage
-            else f"{place / MANIFEST}: damaged (it names no files); {_AGAIN}"
+            else f"{place / MANIFEST}: damaged (it names no files); {AGAIN}"
         )
     return manifest
 
@@ -97,7 +99,7 @@ class _Folder:
             raise DistillError(f"{path}: no such file; name {folder}")
         self.manifest = _parse_manifest(path.read_bytes(), place)
         if sealed and self.manifest.get(_SEAL) != seal_manifest(self.manifest):
-            raise DistillError(f"{path}: changed since it was written; {_AGAIN}")
+            raise DistillError(f"{path}: changed since it was written; {AGAIN}")
         self._hashes: dict[str, str] = self.manifest.get("files", {})
 
     def read(self, name: str) -> bytes | None:
@@ -105,12 +107,12 @@ class _Folder:
         if path.is_file():
             return self._checked(name, path.read_bytes())
         if name in self._hashes:
-            raise DistillError(f"{path}: missing from the bundle; {_AGAIN}")
+            raise DistillError(f"{path}: missing from the bundle; {AGAIN}")
         return None
 
     def _checked(self, name: str, content: bytes) -> bytes:
         if self._sealed and self._hashes.get(name) != hashlib.sha256(content).hexdigest():
-            raise DistillError(f"{self.place / name}: changed since it was written; {_AGAIN}")
+            raise DistillError(f"{self.place / name}: changed since it was written; {AGAIN}")
         return content
 
     def model(self, name: str) -> bytes | str:
@@ -130,7 +132,7 @@ class _File:
         if seal != _entry(_SEAL, hashlib.sha256(body).hexdigest()):
             raise DistillError(
                 f"{place}: not what `distill export --single-file` wrote, or changed since; name that file "
-                "or the bundle's folder, or export it again"
+                f"or the bundle's folder; or {AGAIN}"
             )
         self._parts = dict(_metadata(body))
         self.manifest = _parse_manifest(self._parts[MANIFEST], place)

@@ -50,6 +50,7 @@ class Data:
         """What a manifest says about the data; enough to load the same splits again."""
         return {
             "source": self.source,
+            "local": Path(self.source).exists(),
             "columns": asdict(self.columns),
             "split_seed": self.seed,
             "fingerprint": self.fingerprint,
@@ -259,18 +260,20 @@ def reload_data(
     Raises:
         DistillError: if the source is gone or its rows have changed since.
     """
+    moved = f"(the earlier stage read it; if it has moved, or was read in another folder, {remedy})"
+    before = manifest["source"]
+    if source is None and manifest.get("local") and not Path(before).exists():  # not to be asked of the Hub
+        raise DistillError(f"{before}: no such file or folder here {moved}")
     try:
         data = load_data(
-            source or manifest["source"],
+            source or before,
             Columns(**manifest["columns"]),
             manifest["split_seed"],
             labels,
             quiet=True,
         )
     except DistillError as error:
-        raise DistillError(
-            f"{error} (the earlier stage read it; if it has moved, or was read in another folder, {remedy})"
-        ) from error
+        raise DistillError(f"{error} {moved}") from error
     if data.fingerprint != manifest["fingerprint"]:
         raise DistillError(
             f"--data {data.source}: its rows are not those the earlier stage was trained on, so the "

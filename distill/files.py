@@ -53,20 +53,19 @@ def find_column(
 
 
 def read_lines(file: IO[bytes], name: str) -> Iterator[str]:
-    """Lines of UTF-8 with their ends, without a byte order mark; a fault becomes an error with its line."""
+    """Lines of UTF-8, each to its line feed, without a byte order mark; a fault is an error with its line."""
     for number, raw in enumerate(file, start=1):
         if b"\0" in raw or raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise DistillError(
                 f"{name}, line {number}: a zero byte; is this UTF-16? Convert the file to UTF-8"
             )
         try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise DistillError(
                 f"{name}, line {number}: byte 0x{raw[error.start]:02x} is not UTF-8; "
                 f"convert the file, for example with: iconv -f WINDOWS-1252 -t UTF-8"
             ) from error
-        yield from io.StringIO(line, newline="")  # a lone carriage return ends a line too
 
 
 def read_csv(file: IO[bytes], name: str, delimiter: str = ",") -> Iterator[tuple[int, dict[str, Any]]]:
@@ -77,7 +76,9 @@ def read_csv(file: IO[bytes], name: str, delimiter: str = ",") -> Iterator[tuple
             the header; the first such rows and their number are named.
     """
     csv.field_size_limit(MAX_FIELD)
-    reader = csv.reader(read_lines(file, name), delimiter=delimiter, strict=True)
+    # A lone carriage return ends a line too.
+    lines = (part for line in read_lines(file, name) for part in io.StringIO(line, newline=""))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header = next(reader, None)
         if not header:
@@ -144,10 +145,11 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line or row number, row) from a file, by its suffix, in constant memory.
+    """Give (line or row number, row) from a file, by its suffix, in constant memory.
 
     Raises:
-        DistillError: naming file and line for anything that cannot be read.
+        DistillError: at once, if there is no such file or its suffix is unknown; naming file and line, when
+            that is reached, for anything that cannot be read.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -156,9 +158,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DistillError(f"{path}: unknown kind of file {suffix!r}; use {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise DistillError(f"{path}: no such file")
-    if suffix == ".parquet":
-        yield from _read_parquet(path)
-        return
+    return _read_parquet(path) if suffix == ".parquet" else _read_text(path, suffix)
+
+
+def _read_text(path: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
         if suffix in (".csv", ".tsv"):
             yield from read_csv(file, str(path), "\t" if suffix == ".tsv" else ",")

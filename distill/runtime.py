@@ -59,7 +59,7 @@ class Classifier:
 
     def __init__(
         self,
-        bundle: str | Path | Bundle,
+        bundle: str | os.PathLike[str] | Bundle,
         provider: str = "auto",
         file: str | None = None,
         threads: int | None = None,
@@ -83,7 +83,9 @@ class Classifier:
         """
         if threads is not None and (type(threads) is not int or threads < 1):
             raise DistillError(f"threads={threads!r}: must be a whole number of at least 1")
-        parts = open_bundle(bundle) if isinstance(bundle, str | Path) else bundle
+        parts = open_bundle(bundle) if isinstance(bundle, str | os.PathLike) else bundle
+        if not isinstance(parts, Bundle):
+            raise DistillError(f"bundle={bundle!r}: name a folder or file that `distill export` wrote")
         details = parts.manifest["details"]
         self.labels: list[str] = parts.manifest["labels"]
         self.max_length: int = parts.manifest["max_length"]
@@ -169,6 +171,8 @@ class Classifier:
         if isinstance(texts, Mapping) or hasattr(texts, "columns"):  # they iterate over their keys
             raise DistillError(f"texts: {type(texts).__name__} instead of a list of strings; give its column "
                                "with the texts as a list, and pairs as a list of tuples")  # fmt: skip
+        if isinstance(texts, set | frozenset):
+            raise DistillError("texts: a set; give a list of strings, whose order answers keep")
         if not isinstance(texts, Iterable):
             raise DistillError(f"texts: {type(texts).__name__} instead of a list of strings")
         for index, text in enumerate(texts):

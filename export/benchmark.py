@@ -121,7 +121,8 @@ def subjects(options: BenchmarkOptions) -> list[Subject]:
     child, made_of = options.export, manifest.parents[0]["manifest_sha256"]
     for name, folder in (("student", options.student), ("teacher", options.teacher)):
         if not folder.is_dir():
-            logger.info("No folder %s: the %s is left out", folder, name)
+            left = "student and teacher are" if name == "student" else "the teacher is"
+            logger.info("No folder %s: %s left out", folder, left)
             break
         stage = read_manifest(folder, f"train-{name}", f"--{name}")
         if manifest_hash(folder) != made_of:
@@ -246,6 +247,7 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
     check_output(options.output, options.overwrite, "benchmark")
     found = subjects(options)
     bundle = read_manifest(options.export, "export", "--export")
+    Classifier(options.export, provider=options.provider, threads=1)  # fails here if that cannot be used
     texts = _texts(options, bundle)
     probes = _probe(found, texts[:MEMORY_TEXTS])
     runs = {subject.name: subject.open(bundle.labels, options.threads) for subject in found}

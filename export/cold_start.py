@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -87,5 +88,6 @@ def cold_start(folder: Path, file: str, provider: str, texts: Sequence[Text]) ->
         if answered.strip() != "answered" or not peak.strip():
             stderr.seek(0)
             reason = (stderr.read().strip().splitlines() or ["no reason given"])[-1]
+            reason = re.sub(r"^[\w.]+Error: ", "", reason)
             raise DistillError(f"{folder / file}: could not be run in a process of its own: {reason}")
     return seconds, float(peak)

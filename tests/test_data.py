@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from conftest import make_rows, write_csv
 
-from distill.data import load_data, load_unlabeled
+from distill.data import load_data, load_unlabeled, reload_data
 from distill.errors import DistillError
 from distill.sources import Columns
 
@@ -199,6 +199,21 @@ def test_unlabeled_texts_come_from_an_address_too(tmp_path, monkeypatch):
 def test_unlabeled_texts_need_no_label_and_lose_the_empty_ones(tmp_path):
     path = write_csv(tmp_path / "u.csv", [("one",), ("",), ("two",)], ("text",))
     assert list(load_unlabeled(str(path))["text"]) == ["one", "two"]
+
+
+def test_a_local_source_that_is_gone_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    write_csv(tmp_path / "mine" / "train.csv", ROWS)
+    data = load_data("mine")
+    kept = data.manifest()
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    monkeypatch.setattr("distill.sources.load_dataset", lambda *_: pytest.fail("asked the Hub"))
+    with pytest.raises(
+        DistillError, match=r"^mine: no such file or folder here \(.*, say where with --data\)$"
+    ):
+        reload_data(kept, data.labels)
+    assert reload_data(kept, data.labels, "moved").fingerprint == data.fingerprint
 
 
 def test_a_label_that_only_evaluation_has_once_duplicates_are_dropped_is_reported(tmp_path):

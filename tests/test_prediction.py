@@ -95,6 +95,16 @@ def test_a_byte_order_mark_on_standard_input_is_no_part_of_the_text(form, chain,
     assert next(csv.DictReader(io.StringIO(result.stdout)))["text"] == "lovely"
 
 
+def test_a_text_on_standard_input_ends_at_a_line_feed_alone(chain, run):
+    found = run("predict", "--bundle", chain.export, "--json", input=b"lovely\rphone\r\nbad\n").stdout
+    assert [json.loads(line)["text"] for line in found.splitlines()] == ["lovely\rphone", "bad"]
+
+
+def test_a_file_that_is_not_there_is_said_before_the_bundle_is_opened(run, tmp_path):
+    result = run("predict", tmp_path / "none.csv", "--bundle", tmp_path / "nowhere")
+    assert result.exit_code == 1 and "none.csv: no such file" in result.stderr
+
+
 def test_bytes_on_standard_input_that_are_not_utf_8_end_in_one_line(chain, run):
     result = run("predict", "--bundle", chain.export, input=b"good\ncaf\xe9\n")
     assert result.exit_code == 1 and "standard input, line 2: byte 0xe9" in result.stderr

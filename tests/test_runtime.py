@@ -286,6 +286,17 @@ def test_auto_says_what_it_chose_and_why(chain, caplog):
     assert caplog.messages == [said]
 
 
+@pytest.mark.parametrize("bundle", [None, 3, ["runs/export"]])
+def test_what_is_no_bundle_is_refused(bundle):
+    with pytest.raises(DistillError, match="bundle=.*name a folder or file that `distill export` wrote"):
+        Classifier(bundle)
+
+
+def test_a_set_has_no_order_to_answer_in(classifier):
+    with pytest.raises(DistillError, match="texts: a set; give a list"):
+        classifier.predict({"lovely", "awful"})
+
+
 def test_an_unknown_provider_is_refused(chain):
     with pytest.raises(DistillError, match="unknown; use auto, cpu or cuda"):
         Classifier(chain.export, provider="tpu")

@@ -12,6 +12,7 @@ again for its answer).
 """
 
 import asyncio
+import logging
 import math
 import os
 import time
@@ -40,6 +41,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from distill import Classifier, DistillError
 from distill.runtime import cores
 
+logger = logging.getLogger("uvicorn.error")  # where uvicorn says that it has started
 Number = TypeVar("Number", int, float)
 MAX_TEXTS = 128  # in a request
 MAX_CHARACTERS = 20_000  # in a text
@@ -383,6 +385,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         batcher = Batcher(classifier, settings.max_waiting, settings.timeout)
         app.state.classifier, app.state.batcher, app.state.metrics = classifier, batcher, Metrics(batcher)
         app.state.worker = asyncio.create_task(batcher.run())
+        logger.info("%s: %s on %s", settings.bundle, classifier.file, classifier.provider)
         yield
         app.state.worker.cancel()
 
@@ -403,4 +406,5 @@ def __getattr__(name: str) -> FastAPI:
         return create_app()
     except DistillError as error:
         given = " ".join(f"{key}={value}" for key, value in os.environ.items() if key.startswith("DISTILL_"))
-        raise SystemExit(f"{error} ({given or 'DISTILL_BUNDLE is not set'})") from None
+        where = "" if str(error).startswith("DISTILL_") else f" ({given or 'DISTILL_BUNDLE is not set'})"
+        raise SystemExit(f"{error}{where}") from None

@@ -27,6 +27,27 @@ TEXTS = [text for text, _ in make_rows(30, seed=5)] + [
 ]
 
 
+PYTHON = ROOT / "examples" / "embedding" / "classify.py"
+
+
+def test_python_names_the_line_that_is_not_utf_8(chain):
+    command = [sys.executable, str(PYTHON), str(chain.export)]
+    found = subprocess.run(command, input=b"good\nlovely\ncaf\xe9\n", capture_output=True)
+    assert found.returncode == 1 and len(found.stdout.splitlines()) == 2
+    assert found.stderr.decode().splitlines()[-1].startswith("line 3: not UTF-8")
+
+
+def test_python_ends_quietly_when_nobody_reads_on(chain):
+    command = [sys.executable, str(PYTHON), str(chain.export)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        process.stdout = None
+        said = process.communicate(b"lovely\n" * 2000)[1]
+    assert process.returncode == 1 and b"Traceback" not in said, said
+
+
 def test_python_answers_line_by_line_and_loads_no_torch(chain):
     code = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__'); assert 'torch' not in sys.modules"
     command = [

@@ -342,6 +342,16 @@ def test_a_server_that_asks_for_the_application_is_told_in_one_line_what_is_wron
     monkeypatch.setenv("DISTILL_BUNDLE", "nowhere")
     with pytest.raises(SystemExit, match=r"nowhere: no such folder.*DISTILL_BUNDLE=nowhere"):
         _ = service.app
+    monkeypatch.setenv("DISTILL_TIMEOUT", "soon")
+    with pytest.raises(SystemExit, match=r"^DISTILL_TIMEOUT=soon: not a number above 0; leave it out for 5$"):
+        _ = service.app
+
+
+def test_the_service_says_what_it_runs(chain, caplog):
+    caplog.set_level("INFO", logger="uvicorn.error")
+    with TestClient(create_app(Settings(bundle=str(chain.export)))):
+        pass
+    assert caplog.messages[-1] == f"{chain.export}: onnx/model_quantized.onnx on cpu"
 
 
 def test_other_methods_are_told_so(client):

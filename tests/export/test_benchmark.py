@@ -119,8 +119,11 @@ def test_versions_take_turns_and_each_is_first_at_times():
     assert measured["a"][0].shape == (6, 1) and measured["a"][1].shape == (6,)
 
 
-def test_without_teacher_and_student_the_bundle_is_measured_alone(chain, tmp_path, fast):
+def test_without_teacher_and_student_the_bundle_is_measured_alone(chain, tmp_path, fast, caplog):
+    caplog.set_level("INFO", logger="distill")
     options = _options(chain, tmp_path, teacher=tmp_path / "none", student=tmp_path / "none")
+    assert [subject.name for subject in benchmark.subjects(options)] == ["onnx-fp32", "int8"]
+    assert caplog.messages == [f"No folder {tmp_path / 'none'}: student and teacher are left out"]
     assert [row["version"] for row in run_benchmark(options)["versions"]] == ["onnx-fp32", "int8"]
 
 
@@ -139,12 +142,20 @@ def test_data_that_has_moved_can_be_replaced_by_a_file_of_texts(chain, tmp_path)
         benchmark._texts(_options(chain, tmp_path), bundle)
 
 
+def test_a_provider_that_cannot_be_used_ends_it_before_anything_is_measured(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(benchmark, "_texts", lambda *_: pytest.fail("went on"))
+    with pytest.raises(DistillError, match="provider 'cuda': this onnxruntime has only CPU"):
+        run_benchmark(_options(chain, tmp_path, provider="cuda"))
+
+
 @pytest.mark.slow
 def test_cold_start_and_memory_come_from_a_process_of_its_own(chain):
     seconds, megabytes = cold_start(chain.export, "onnx/model_quantized.onnx", "cpu", ["lovely", "bad"])
     assert 0.05 < seconds < 20 and 30 < megabytes < 1000
     with pytest.raises(
-        DistillError, match=r"none\.onnx: could not be run in a process of its own: .*not a file of"
+        DistillError,
+        match=r"none\.onnx: could not be run in a process of its own: [^:]*none\.onnx: not a file of",
     ):
         cold_start(chain.export, "onnx/none.onnx", "cpu", ["lovely"])
     seconds, megabytes = cold_start(chain.student, "model.safetensors", "pytorch", ["lovely", ("a", "b")])
