@@ -19,7 +19,7 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 _METADATA_PROPS = 14  # the field's number in ONNX's ModelProto
 _SEAL = "sha256"
-AGAIN = "copy the whole bundle again, or export it again"
+_AGAIN = "copy the whole bundle again, or export it again"
 
 
 @runtime_checkable
@@ -77,14 +77,14 @@ def _parse_manifest(content: bytes, place: Path) -> dict[str, Any]:
     try:
         manifest = dict(json.loads(content))
     except (ValueError, TypeError, RecursionError) as error:
-        raise DistillError(f"{place / MANIFEST}: damaged ({error}); {AGAIN}") from error
+        raise DistillError(f"{place / MANIFEST}: damaged ({error}); {_AGAIN}") from error
     details = manifest.get("details")
     if not isinstance(details, dict) or "files" not in details:
         stage = manifest.get("stage")
         raise DistillError(
             f"{place}: not a bundle (written by {stage}); run `distill export` on it"
             if stage
-            else f"{place / MANIFEST}: damaged (it names no files); {AGAIN}"
+            else f"{place / MANIFEST}: damaged (it names no files); {_AGAIN}"
         )
     return manifest
 
@@ -99,7 +99,7 @@ class _Folder:
             raise DistillError(f"{path}: no such file; name {folder}")
         self.manifest = _parse_manifest(path.read_bytes(), place)
         if sealed and self.manifest.get(_SEAL) != seal_manifest(self.manifest):
-            raise DistillError(f"{path}: changed since it was written; {AGAIN}")
+            raise DistillError(f"{path}: changed since it was written; {_AGAIN}")
         self._hashes: dict[str, str] = self.manifest.get("files", {})
 
     def read(self, name: str) -> bytes | None:
@@ -107,12 +107,12 @@ class _Folder:
         if path.is_file():
             return self._checked(name, path.read_bytes())
         if name in self._hashes:
-            raise DistillError(f"{path}: missing from the bundle; {AGAIN}")
+            raise DistillError(f"{path}: missing from the bundle; {_AGAIN}")
         return None
 
     def _checked(self, name: str, content: bytes) -> bytes:
         if self._sealed and self._hashes.get(name) != hashlib.sha256(content).hexdigest():
-            raise DistillError(f"{self.place / name}: changed since it was written; {AGAIN}")
+            raise DistillError(f"{self.place / name}: changed since it was written; {_AGAIN}")
         return content
 
     def model(self, name: str) -> bytes | str:
@@ -132,7 +132,7 @@ class _File:
         if seal != _entry(_SEAL, hashlib.sha256(body).hexdigest()):
             raise DistillError(
                 f"{place}: not what `distill export --single-file` wrote, or changed since; name that file "
-                f"or the bundle's folder; or {AGAIN}"
+                "or the bundle's folder, copy it again, or export it again"
             )
         self._parts = dict(_metadata(body))
         self.manifest = _parse_manifest(self._parts[MANIFEST], place)

@@ -40,6 +40,7 @@ class Data:
     seed: int
     findings: list[Finding] = field(default_factory=list)
     fingerprint: str = ""
+    local: bool = True
 
     @property
     def problem_type(self) -> str:
@@ -50,7 +51,7 @@ class Data:
         """What a manifest says about the data; enough to load the same splits again."""
         return {
             "source": self.source,
-            "local": Path(self.source).exists(),
+            "local": self.local,
             "columns": asdict(self.columns),
             "split_seed": self.seed,
             "fingerprint": self.fingerprint,
@@ -229,7 +230,7 @@ def load_data(
             for label in splits[name]["label"]
         ]
         ready[name] = splits[name].remove_columns(["label", "line"]).add_column("label", numbers)
-    data = Data(source, ready, names, columns, seed, findings)
+    data = Data(source, ready, names, columns, seed, findings, local=Path(source).exists())
     digest = hashlib.sha256("\n".join(names).encode())
     for name, dataset in ready.items():
         digest.update("".join([name, *dataset["id"]]).encode())
@@ -273,11 +274,14 @@ def reload_data(
             quiet=True,
         )
     except DistillError as error:
-        raise DistillError(f"{error} {moved}") from error
+        if source is not None:
+            raise
+        raise DistillError(f"{str(error).removeprefix('--data ')} {moved}") from error
     if data.fingerprint != manifest["fingerprint"]:
+        place, instead = (f"--data {source}", "") if source else (before, f", {remedy}")
         raise DistillError(
-            f"--data {data.source}: its rows are not those the earlier stage was trained on, so the "
-            "test split could leak; bring the old file back, or train the teacher again"
+            f"{place}: its rows are not those the earlier stage was trained on, so the test split could "
+            f"leak; bring the old file back{instead}, or train the teacher again"
         )
     return data
 

@@ -10,7 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from distill.bundle import AGAIN, TOKENIZER, TOKENIZER_SETTINGS, Bundle
+from distill.bundle import TOKENIZER, TOKENIZER_SETTINGS, Bundle
 from distill.errors import DistillError
 from distill.long_texts import HEAD, Reader, pooled
 from distill.word_table import Tokens, WordTable
@@ -196,7 +196,7 @@ def _open_tokenizer(parts: Bundle) -> tuple[Tokenizer, int]:
     """The tokenizer, without padding, and the id of its padding token."""
     content, settings = parts.read(TOKENIZER), parts.read(TOKENIZER_SETTINGS)
     if content is None:
-        raise DistillError(f"{parts.place / TOKENIZER}: missing from the bundle; {AGAIN}")
+        raise DistillError(f"{parts.place / TOKENIZER}: missing from the bundle; export it again")
     tokenizer = Tokenizer.from_buffer(content)
     tokenizer.no_padding()
     tokenizer.enable_truncation(parts.manifest["max_length"])
@@ -230,7 +230,7 @@ def _open_session(parts: Bundle, file: str, provider: str) -> Any:
     except Exception as error:  # onnxruntime's own kinds share no base class but Exception
         kind = ProviderError if provider == "cuda" else DistillError
         raise kind(
-            f"{parts.place / file}: onnxruntime cannot open it: {str(error).splitlines()[0]}; {AGAIN}"
+            f"{parts.place / file}: onnxruntime cannot open it: {str(error).splitlines()[0]}; export it again"
         ) from error
     if session.get_providers()[0] != name:
         raise ProviderError(f"provider {provider!r}: fell back to {session.get_providers()[0]}; "

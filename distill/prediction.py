@@ -17,6 +17,7 @@ from distill.files import SURROGATE, TEXT_COLUMNS, find_column, read_csv, read_j
 
 Row = dict[str, Any]
 SEPARATOR = "|"
+CRLF = "\r\n"
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
 
 
@@ -70,6 +71,16 @@ def texts_of_rows(
         yield row[chosen] if pair is None else (row[chosen], row[pair])
 
 
+class _Lines:
+    """Ends the rows of a table with a line feed: csv, told to do so, leaves carriage returns unquoted."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, row: str) -> None:
+        self._stream.write(row.removesuffix(CRLF) + "\n")
+
+
 @contextmanager
 def _writer(output: Path | None, form: str, columns: Sequence[str]) -> Iterator[Callable[[Row], None]]:
     """Give a function that writes one row; a file appears only when all of it is there.
@@ -86,9 +97,8 @@ def _writer(output: Path | None, form: str, columns: Sequence[str]) -> Iterator[
         def write_csv(row: Row) -> None:
             nonlocal table
             if table is None:
-                table = csv.DictWriter(
-                    stream, list(row), delimiter="\t" if form == "tsv" else ",", lineterminator="\n"
-                )
+                delimiter = "\t" if form == "tsv" else ","
+                table = csv.DictWriter(_Lines(stream), list(row), delimiter=delimiter, lineterminator=CRLF)
                 table.writeheader()
             new = [column for column in row if column not in table.fieldnames]
             if new:

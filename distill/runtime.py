@@ -85,7 +85,8 @@ class Classifier:
             raise DistillError(f"threads={threads!r}: must be a whole number of at least 1")
         parts = open_bundle(bundle) if isinstance(bundle, str | os.PathLike) else bundle
         if not isinstance(parts, Bundle):
-            raise DistillError(f"bundle={bundle!r}: name a folder or file that `distill export` wrote")
+            kind = type(bundle).__name__
+            raise DistillError(f"bundle: {kind} instead of a path; name what `distill export` wrote")
         details = parts.manifest["details"]
         self.labels: list[str] = parts.manifest["labels"]
         self.max_length: int = parts.manifest["max_length"]

@@ -240,5 +240,5 @@ def read_source(source: str, columns: Columns) -> dict[str, Dataset]:
         or source.startswith(".")
         or source.count("/") > 1
     ):
-        raise DistillError(f"--data {source}: no such file or folder")
+        raise DistillError(f"--data {source}: no such file or folder; name one, or a dataset of the Hub")
     return _read_hub(source, columns)

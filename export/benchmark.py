@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest
 from distill.bundle import second_column
-from distill.engine import Text
+from distill.engine import Text, choose_provider
 from distill.errors import DistillError
 from distill.files import read_rows
 from distill.latency import cpu_name
@@ -46,8 +46,8 @@ class BenchmarkOptions:
         text_column: of the file; found by its usual names when left out.
         text_pair_column: of the file, for pairs.
         export: folder of `distill export`.
-        teacher: folder of `distill train-teacher`; left out of the benchmark if it is not there.
-        student: folder of `distill train-student`; likewise.
+        teacher: folder of `distill train-teacher`; left out if it or the student's is not there.
+        student: folder of `distill train-student`; left out if it is not there.
         output: folder to write.
         provider: for the bundle's files, "cpu" or "cuda".
         texts: how many to take.
@@ -247,7 +247,7 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
     check_output(options.output, options.overwrite, "benchmark")
     found = subjects(options)
     bundle = read_manifest(options.export, "export", "--export")
-    Classifier(options.export, provider=options.provider, threads=1)  # fails here if that cannot be used
+    choose_provider(options.provider, bundle.details["files"])
     texts = _texts(options, bundle)
     probes = _probe(found, texts[:MEMORY_TEXTS])
     runs = {subject.name: subject.open(bundle.labels, options.threads) for subject in found}

@@ -88,6 +88,6 @@ def cold_start(folder: Path, file: str, provider: str, texts: Sequence[Text]) ->
         if answered.strip() != "answered" or not peak.strip():
             stderr.seek(0)
             reason = (stderr.read().strip().splitlines() or ["no reason given"])[-1]
-            reason = re.sub(r"^[\w.]+Error: ", "", reason)
+            reason = re.sub(r"^distill\.[\w.]+Error: ", "", reason)
             raise DistillError(f"{folder / file}: could not be run in a process of its own: {reason}")
     return seconds, float(peak)

@@ -70,7 +70,7 @@ def export(as_json: bool, output: Path, **options: Any) -> None:
     "--teacher",
     type=click.Path(path_type=Path),
     default=Path("runs/teacher"),
-    help="Folder of train-teacher; left out if it is not there.",
+    help="Folder of train-teacher; left out if it or the student is not there.",
 )
 @click.option(
     "--student",

@@ -245,7 +245,7 @@ def test_bad_teacher(kind, here, run, chain):
 
 STUDENTS = {
     "data changed": (["--data", "other.csv"], "--data other.csv", "bring the old file back"),
-    "data gone": (["--data", "absent.csv"], "absent.csv", "say where with --data"),
+    "data gone": (["--data", "absent.csv"], "absent.csv", "name one, or a dataset"),
     "unknown label": (["--data", "labels.csv"], "'furious'", "train the teacher on this data"),
     "output is the teacher": (
         ["--output", "TEACHER", "--overwrite"],
@@ -291,7 +291,11 @@ EXPLANATIONS = {
     "no stage": (["a text"], "runs/", "first"),
     "empty text": (["good", " ", "--export", "b", "--version", "int8"], "text 2", "nothing to explain"),
     "no INT8": (["good", "--export", "plain", "--version", "int8"], "--version int8", "export --int8"),
-    "data gone": (["--export", "b", "--version", "int8", "--data", "absent.csv"], "absent.csv", "--data"),
+    "data gone": (
+        ["--export", "b", "--version", "int8", "--data", "absent.csv"],
+        "absent.csv",
+        "name one, or a dataset",
+    ),
 }
 
 

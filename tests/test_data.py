@@ -213,6 +213,8 @@ def test_a_local_source_that_is_gone_is_not_asked_of_the_hub(tmp_path, monkeypat
         DistillError, match=r"^mine: no such file or folder here \(.*, say where with --data\)$"
     ):
         reload_data(kept, data.labels)
+    with pytest.raises(DistillError, match=r"^--data ./typo: no such file or folder; name one"):
+        reload_data(kept, data.labels, "./typo")
     assert reload_data(kept, data.labels, "moved").fingerprint == data.fingerprint
 
 

@@ -7,6 +7,7 @@ from conftest import make_rows, write_csv
 
 from distill import Classifier
 from distill.bundle import open_bundle, second_column
+from distill.files import read_rows
 
 ROWS = make_rows(20, seed=11)
 TEXTS = [text for text, _ in ROWS]
@@ -98,6 +99,18 @@ def test_a_byte_order_mark_on_standard_input_is_no_part_of_the_text(form, chain,
 def test_a_text_on_standard_input_ends_at_a_line_feed_alone(chain, run):
     found = run("predict", "--bundle", chain.export, "--json", input=b"lovely\rphone\r\nbad\n").stdout
     assert [json.loads(line)["text"] for line in found.splitlines()] == ["lovely\rphone", "bad"]
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv"])
+def test_a_table_with_a_carriage_return_in_a_text_can_be_read_again(chain, run, tmp_path, form):
+    (tmp_path / "in.jsonl").write_text('{"text": "lovely\\rphone"}\n{"text": "bad\\r"}\n')
+    result = run(
+        "predict", tmp_path / "in.jsonl", "--bundle", chain.export, "--output", tmp_path / f"o.{form}"
+    )
+    assert result.exit_code == 0, result.output
+    written = (tmp_path / f"o.{form}").read_bytes()
+    assert written.count(b"\n") == 3 and b"\r\n" not in written
+    assert [row["text"] for _, row in read_rows(tmp_path / f"o.{form}")] == ["lovely\rphone", "bad\r"]
 
 
 def test_a_file_that_is_not_there_is_said_before_the_bundle_is_opened(run, tmp_path):

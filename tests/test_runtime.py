@@ -288,7 +288,10 @@ def test_auto_says_what_it_chose_and_why(chain, caplog):
 
 @pytest.mark.parametrize("bundle", [None, 3, ["runs/export"]])
 def test_what_is_no_bundle_is_refused(bundle):
-    with pytest.raises(DistillError, match="bundle=.*name a folder or file that `distill export` wrote"):
+    with pytest.raises(
+        DistillError,
+        match="bundle: [a-zA-Z]+ instead of a path; name what `distill export` wrote",
+    ):
         Classifier(bundle)
 
 

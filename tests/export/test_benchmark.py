@@ -135,9 +135,16 @@ def test_own_texts_are_taken_from_a_file(chain, tmp_path, fast):
 
 def test_data_that_has_moved_can_be_replaced_by_a_file_of_texts(chain, tmp_path):
     bundle = read_manifest(chain.export, "export")
-    bundle.data["source"] = str(tmp_path / "gone.csv")
+    before = bundle.data["source"]
+    for local in (True, False):
+        bundle.data |= {"source": str(tmp_path / "gone.csv"), "local": local}
+        with pytest.raises(
+            DistillError, match=r"^/.*gone\.csv: .*, or was read in another folder, name a file with texts\)$"
+        ):
+            benchmark._texts(_options(chain, tmp_path), bundle)
+    bundle.data |= {"source": before, "fingerprint": "other"}
     with pytest.raises(
-        DistillError, match=r"gone\.csv: .*, or was read in another folder, name a file with texts"
+        DistillError, match=r"^/.*its rows are not those.*; bring .* back, name a file with texts"
     ):
         benchmark._texts(_options(chain, tmp_path), bundle)
 
