@@ -14,6 +14,7 @@ DATA holds a folder for every set, as for pareto.py, whose teacher is taken wher
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ from distill.devices import choose_precision
 from distill.latency import cpu_name
 from distill.models import load_model, load_tokenizer
 from distill.predictions import read_predictions
-from distill.training import predict_logits
+from distill.training import fit, predict_logits
 
 RESULTS = Path(__file__).resolve().parent / "results" / "ablations"
 SETS = ("banking77", "sst2_sentences")
@@ -176,6 +177,27 @@ def _with_features() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _annealed() -> Iterator[None]:
+    """T falls from 4 to 1 while the student trains: Jafari et al. (2021), arXiv 2104.07163, with KL."""
+    taken, steps = itertools.count(), 0
+
+    def fitted(model: Any, tokenizer: Any, train: Any, validation: Any, options: Any, *rest: Any) -> Any:
+        nonlocal steps
+        steps = max(1, options.epochs * len(train) // options.batch_size)
+        return fit(model, tokenizer, train, validation, options, *rest)
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor, _: float, alpha: float) -> Tensor:
+        temperature = 4 - 3 * min(1.0, next(taken) / steps) if student.requires_grad else 1.0
+        return distillation_loss(student, teacher, labels, temperature, alpha)
+
+    with (
+        mock.patch.object(training, "fit", fitted),
+        mock.patch.object(training, "distillation_loss", loss),
+    ):
+        yield
+
+
 # What is changed in the recipe, and what in the code for the time of the training.
 VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[Any]]]] = {
     "recipe": ({}, nullcontext),
@@ -187,6 +209,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
         partial(mock.patch.object, training, "fit_temperature", lambda *_: 1.0),
     ),
     "T = 2": ({"temperature": 2.0}, nullcontext),
+    "T from 4 to 1": ({}, _annealed),
     "squared difference of logits": ({}, _loss(logit_mse)),
     "decoupled KL": ({}, _loss(decoupled)),
     "KL of standardised logits": ({}, _loss(standardised)),
