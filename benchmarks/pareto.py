@@ -17,7 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ def _alone() -> tuple[str, ...]:
     return ("--alpha", "0", "--epochs", epochs, "--patience", epochs, *FAST)
 
 
-def _students(seeded: Sequence[int], depths: Sequence[int]) -> dict[str, tuple[str, ...]]:
+def _students(seeded: Sequence[int], depths: Mapping[int, int]) -> dict[str, tuple[str, ...]]:
     """Folder of every student, and the options that make it."""
     found: dict[str, tuple[str, ...]] = {}
     for layers in seeded:
@@ -75,8 +75,9 @@ def _students(seeded: Sequence[int], depths: Sequence[int]) -> dict[str, tuple[s
             shape = ("--layers", str(layers), "--seed", str(seed))
             found[f"{layers}_layers_seed{seed}"] = (*shape, *RECIPE)
             found[f"{layers}_layers_alone_seed{seed}"] = (*shape, *_alone())
-    for layers in depths:
-        found[f"{layers}_layers_seed{SEEDS[0]}"] = ("--layers", str(layers), "--seed", str(SEEDS[0]), *RECIPE)
+    for layers, seeds in depths.items():
+        for seed in SEEDS[:seeds]:
+            found[f"{layers}_layers_seed{seed}"] = ("--layers", str(layers), "--seed", str(seed), *RECIPE)
     return found
 
 
@@ -89,7 +90,7 @@ def _has_recipe(name: str, options: tuple[str, ...]) -> bool:
     return all(str(before[key]) == str(wanted[key]) for key in before.keys() - own)
 
 
-def train(data: Path, teacher: str, student: str, seeded: Sequence[int], depths: Sequence[int]) -> None:
+def train(data: Path, teacher: str, student: str, seeded: Sequence[int], depths: Mapping[int, int]) -> None:
     """Train and export whatever is not there yet."""
     if not Path("runs/teacher").is_dir():
         _run("train-teacher", "--data", data, "--model", teacher, "--resume")
@@ -133,7 +134,7 @@ def _peers(data: Data, student: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return classify, rows
 
 
-def evaluate(student: str, seeded: Sequence[int], depths: Sequence[int]) -> dict[str, Any]:
+def evaluate(student: str, seeded: Sequence[int], depths: Mapping[int, int]) -> dict[str, Any]:
     """Test scores, sizes and latencies of all versions of one set."""
     manifest = read_manifest(Path("runs/teacher"), "train-teacher")
     data = reload_data(manifest.data, manifest.labels)
@@ -185,18 +186,25 @@ def evaluate(student: str, seeded: Sequence[int], depths: Sequence[int]) -> dict
         "rows": data.manifest()["rows"],
         "classes": classes,
         "results": rows,
-        "seeded": {str(layers): _over_seeds(layers, truth, predicted, rows, classes) for layers in seeded},
+        "seeded": {
+            str(layers): _over_seeds(layers, truth, predicted, rows, classes)
+            for layers in (*seeded, *(layers for layers, seeds in depths.items() if seeds == len(SEEDS)))
+        },
     }
 
 
 def _over_seeds(
     layers: int, truth: Any, predicted: dict[str, Any], rows: dict[str, Any], classes: int
 ) -> dict[str, Any]:
-    """Mean and spread over seeds of students of a depth, and what they gain over those without a teacher."""
+    """Mean and spread over seeds of students of a depth, and what they gain over any without a teacher."""
     with_teacher = [f"{layers}_layers_seed{seed}" for seed in SEEDS]
+    found = [rows[name]["macro_f1"] for name in with_teacher]
+    over = {"mean": float(np.mean(found)), "deviation": float(np.std(found, ddof=1))}
     alone = [f"{layers}_layers_alone_seed{seed}" for seed in SEEDS]
+    if alone[0] not in rows:
+        return over
     samples = paired_bootstrap(truth, [predicted[name] for name in with_teacher + alone], classes).macro_f1
-    scores = [rows[name]["macro_f1"] for name in with_teacher + alone]
+    scores = found + [rows[name]["macro_f1"] for name in alone]
     half = len(SEEDS)
     # Each resample draws texts, and seeds too: both are what another run would have other ones of.
     drawn = np.random.default_rng(0).integers(half, size=(2, len(samples), half))
@@ -205,11 +213,7 @@ def _over_seeds(
         for part, pick in zip((samples[:, :half], samples[:, half:]), drawn, strict=True)
     ]
     gain = interval(float(np.mean(scores[:half]) - np.mean(scores[half:])), sides[0] - sides[1])
-    return {
-        "mean": float(np.mean(scores[:half])),
-        "deviation": float(np.std(scores[:half], ddof=1)),
-        "gain_over_no_teacher": {"value": gain.value, "low": gain.low, "high": gain.high},
-    }
+    return over | {"gain_over_no_teacher": {"value": gain.value, "low": gain.low, "high": gain.high}}
 
 
 @click.command()
@@ -225,7 +229,10 @@ def _over_seeds(
     help="Depths of students of all seeds, with the teacher and without.",
 )
 @click.option(
-    "--layers", "depths", type=int, multiple=True, default=LAYERS, help="Other depths, with one seed."
+    "--layers", "depths", type=int, multiple=True, default=LAYERS, help="Other depths, with the teacher."
+)
+@click.option(
+    "--seeds", type=click.IntRange(1, len(SEEDS)), default=1, help="How many seeds the other depths have."
 )
 @click.option("--work", type=click.Path(path_type=Path), default=Path("pareto"), help="Folder for the runs.")
 def main(
@@ -235,6 +242,7 @@ def main(
     names: tuple[str, ...],
     seeded: tuple[int, ...],
     depths: tuple[int, ...],
+    seeds: int,
     work: Path,
 ) -> None:
     """Run the benchmark, set by set."""
@@ -246,8 +254,9 @@ def main(
         folder = work / name
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
-        train(data / name, teacher, student, seeded, depths)
-        result = evaluate(student, seeded, depths)
+        others = dict.fromkeys(depths, seeds)
+        train(data / name, teacher, student, seeded, others)
+        result = evaluate(student, seeded, others)
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         click.echo(json.dumps(result, indent=2))
 

@@ -61,13 +61,13 @@ def table(name: str, result: dict[str, Any]) -> str:
             f"{row['kept']:.1%} | {latency} | {row['bytes'] / 1e6:.1f} |"
         )
     for layers, seeded in result["seeded"].items():
-        gain = seeded["gain_over_no_teacher"]
-        lines += [
-            "",
-            f"{_depth(layers).capitalize()}: {seeded['mean']:.4f} ± {seeded['deviation']:.4f} over seeds; by "
-            f"the teacher gained {100 * gain['value']:.1f} points (95 % interval {100 * gain['low']:+.1f} to "
-            f"{100 * gain['high']:+.1f}).",
-        ]
+        gain = seeded.get("gain_over_no_teacher")
+        gained = gain and (
+            f"; by the teacher gained {100 * gain['value']:.1f} points (95 % interval "
+            f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})"
+        )
+        spread = f"{seeded['mean']:.4f} ± {seeded['deviation']:.4f} over seeds"
+        lines += ["", f"{_depth(layers).capitalize()}: {spread}{gained or ''}."]
     lines.append("")
     return "\n".join(lines)
 
