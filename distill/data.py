@@ -29,7 +29,8 @@ class Data:
     """Validated data: `splits` has train, validation and test with columns id, text, (text_pair,) label.
 
     `label` is an index into `labels`, or in a multi-label problem a list with 1 for every label that the text
-    has and 0 for the others; `id` is a hash of the text. `fingerprint` changes with any text, label or
+    has and 0 for the others; `id` is a hash of the text. `local` says whether the source was a file or folder
+    here, and no dataset of the Hub. `fingerprint` changes with any text, label or
     assignment to a split.
     """
 

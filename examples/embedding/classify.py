@@ -12,7 +12,7 @@ from distill import Classifier, DistillError
 
 
 def lines() -> Iterator[str]:
-    """Texts of standard input, as bytes: there a line ends at a line feed alone, as in other languages."""
+    """Lines of standard input; in bytes one ends at a line feed alone, as in the other languages."""
     for number, line in enumerate(sys.stdin.buffer, start=1):
         try:
             yield line.rstrip(b"\r\n").decode()
