@@ -31,7 +31,7 @@ import click
 import numpy as np
 import torch
 from distill.student import soft_labels, training
-from distill.student.losses import UNLABELED, distillation_loss
+from distill.student.losses import distillation_loss, hard_label_loss
 from distill.student.training import StudentOptions
 from distill.teacher.training import TeacherOptions
 from numpy.typing import NDArray
@@ -59,7 +59,7 @@ BESIDE = 2  # students that train at the same time: a small one keeps few cores 
 def logit_mse(student: Tensor, teacher: Tensor, labels: Tensor, _: float, alpha: float) -> Tensor:
     """Squared difference of centred logits in place of KL: Kim et al. (2021), arXiv 2105.08919."""
     own, theirs = (logits - logits.mean(dim=-1, keepdim=True) for logits in (student, teacher))
-    return alpha * F.mse_loss(own, theirs) + (1 - alpha) * _hard(student, labels)
+    return alpha * F.mse_loss(own, theirs) + (1 - alpha) * hard_label_loss(student, labels)
 
 
 def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, _: float, alpha: float) -> Tensor:
@@ -73,7 +73,7 @@ def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, _: float, alpha:
     binary = F.kl_div(yes.log(), true, reduction="batchmean")
     others = [logits.scatter(-1, first, -1e4) for logits in (student, teacher)]
     rest = _divergence(*others)
-    return alpha * (binary + 2 * rest) + (1 - alpha) * _hard(student, labels)
+    return alpha * (binary + 2 * rest) + (1 - alpha) * hard_label_loss(student, labels)
 
 
 def standardised(
@@ -82,16 +82,12 @@ def standardised(
     """KL of logits of mean 0 and deviation 1, at T = 2: Sun et al. (2024), arXiv 2403.01427."""
     even = [(one - one.mean(-1, keepdim=True)) / one.std(-1, keepdim=True).clamp_min(1e-6) / 2
             for one in (student, teacher)]  # fmt: skip
-    return alpha * 2**2 * _divergence(*even) + (1 - alpha) * _hard(student, labels)
+    return alpha * 2**2 * _divergence(*even) + (1 - alpha) * hard_label_loss(student, labels)
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     own, theirs = (F.log_softmax(logits, dim=-1) for logits in (student, teacher))
     return F.kl_div(own, theirs, reduction="batchmean", log_target=True)
-
-
-def _hard(student: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(student, labels, ignore_index=UNLABELED, reduction="sum") / len(labels)
 
 
 def _loss(function: Callable[..., Tensor]) -> Callable[[], AbstractContextManager[Any]]:
