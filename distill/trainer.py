@@ -38,7 +38,9 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-def tokenize(dataset: Dataset, tokenizer: Any, file: Path | None = None) -> Dataset:
+def tokenize(
+    dataset: Dataset, tokenizer: Any, file: Path | None = None, shared: torch.Tensor | None = None
+) -> Dataset:
     """Add token ids (truncated, not padded), `length` in tokens and whether a text was `cut`; its columns go.
 
     A text that is read in windows becomes as many rows, with its label; `document` numbers the texts.
@@ -47,6 +49,7 @@ def tokenize(dataset: Dataset, tokenizer: Any, file: Path | None = None) -> Data
         dataset: with `text` and perhaps `text_pair`; other columns, such as `teacher_logits`, stay.
         tokenizer: a fast one.
         file: where to keep the rows, memory-mapped from then on; one that is there is taken as it is.
+        shared: for every token the one that is read in its place, shape (vocabulary,).
     """
     windows = way_of(tokenizer) == WINDOWS
     pair = ["text_pair"] if "text_pair" in dataset.column_names else []
@@ -54,6 +57,8 @@ def tokenize(dataset: Dataset, tokenizer: Any, file: Path | None = None) -> Data
     def rows(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, Any]:
         texts = list(zip(batch["text"], batch["text_pair"], strict=True)) if pair else batch["text"]
         encoded = encode(texts, tokenizer)
+        if shared is not None:
+            encoded.columns["input_ids"] = [shared[ids].tolist() for ids in encoded.columns["input_ids"]]
         found = {**encoded.columns, "length": encoded.lengths, "cut": encoded.cut}
         if windows:
             repeated = [name for name in batch if name not in ("id", "text")]

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import torch
 import transformers
+from distill.export.equal_rows import store_equal_rows_once
 from distill.export.idle_layers import drop_idle_layers
 from distill.export.one_query import attend_from_first_token
 from distill.export.pooling import keep_first_token
@@ -95,11 +96,15 @@ def _with_transformers(student: Path, folder: Path) -> None:
 
 
 def shorten(model: Path, shortened: Path, provider: str = "cpu") -> bool:
-    """Write `model` without what its answer does not need; False if that is nothing."""
+    """Write `model` without what its answer does not need; say whether only its first token is read.
+
+    Rows of tokens that share one are left out too, here and not before: fusion would not know the embedding.
+    """
     graph = onnx.load(model)
     found = keep_first_token(graph)
     if found:
         attend_from_first_token(graph, provider)
+    store_equal_rows_once(graph)
     onnx.save(graph, shortened)
     return found
 

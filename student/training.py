@@ -20,7 +20,7 @@ from distill.student.neighbours import similar_words
 from distill.student.neurons import keep_neurons
 from distill.student.shape import Goal, choose_layers
 from distill.student.soft_labels import teacher_logits
-from distill.student.vocabulary import trim_vocabulary
+from distill.student.vocabulary import share_rows, shared_rows
 from numpy.typing import NDArray
 from transformers import set_seed
 
@@ -157,6 +157,7 @@ class _Fitted:
     data: Data
     tokenizer: Any
     trained: Trained
+    rows_of_tokens: int
     made: dict[str, int]
     parent: str
     teacher_temperature: float
@@ -195,10 +196,11 @@ def _fit(options: StudentOptions) -> _Fitted:
         made = ahead(partial(augmented, corpus, budget, data.seed, held_out, folder, similar))
         corpus, unlabeled = concatenate_datasets([corpus, made]), [*unlabeled, made]
         extra["augmented"] = len(made)
+    shared, rows_of_tokens = None, len(tokenizer)
     if options.vocabulary is not None:
-        before = len(tokenizer)
-        tokenizer = trim_vocabulary(model, tokenizer, texts_of(corpus), options.vocabulary or None)
-        logger.info("Vocabulary: %d of %d tokens", len(tokenizer), before)
+        shared = once(partial(shared_rows, model, tokenizer, texts_of(corpus), options.vocabulary or None))
+        rows_of_tokens = len(shared.unique())
+        logger.info("Vocabulary: %d tokens share %d rows", len(tokenizer), rows_of_tokens)
     rows, *unlabeled = (in_windows(part, tokenizer) for part in (data.splits["train"], *unlabeled))
     how = (options.device, options.precision, options.engine, options.workers)
 
@@ -209,12 +211,12 @@ def _fit(options: StudentOptions) -> _Fitted:
     if way_of(tokenizer) == WINDOWS and options.alpha:
         windows = in_windows(data.splits["validation"], tokenizer)
     expected, temperature = _teacher_on_validation(options.teacher, label, windows)
-    validation = tokenize(data.splits["validation"], tokenizer)
+    validation = tokenize(data.splits["validation"], tokenizer, shared=shared)
     if options.alpha:
         logits = label(concatenate_datasets([rows.remove_columns("label"), *unlabeled]))
         rows = with_soft_labels(rows, unlabeled, logits / temperature)
         validation = validation.add_column("teacher_logits", list(expected / temperature))
-    train = ahead(partial(tokenize, rows, tokenizer, options.checkpoints / "train.arrow"))
+    train = ahead(partial(tokenize, rows, tokenizer, options.checkpoints / "train.arrow", shared))
 
     def loss(student_logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         if "teacher_logits" not in batch:
@@ -224,7 +226,9 @@ def _fit(options: StudentOptions) -> _Fitted:
         )
 
     trained = fit(model, tokenizer, train, validation, options, loss, "Student", resume_from)
-    return _Fitted(data, tokenizer, trained, extra, parent, temperature)
+    if shared is not None:
+        share_rows(trained.model, shared)
+    return _Fitted(data, tokenizer, trained, rows_of_tokens, extra, parent, temperature)
 
 
 def train_student(options: StudentOptions) -> Manifest:
@@ -265,7 +269,7 @@ def train_student(options: StudentOptions) -> Manifest:
         wall_seconds=round(time.monotonic() - started, 1),
         details={
             "layers": depth(trained.model),
-            "vocabulary": len(tokenizer),
+            "vocabulary": fitted.rows_of_tokens,
             "teacher_temperature": fitted.teacher_temperature,
             "steps": trained.steps(),
             **trained.long,

@@ -12,7 +12,7 @@ from conftest import make_configs, make_tokenizer
 from distill.export.bundle import ExportOptions
 from distill.student.architecture import average_tokens
 from distill.student.training import StudentOptions
-from distill.student.vocabulary import trim_vocabulary
+from distill.student.vocabulary import share_rows, shared_rows
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -87,14 +87,15 @@ def test_its_embeddings_are_dropped_out_if_asked():
     assert average_tokens(model, make_tokenizer()).model.embeddings.drop.p == 0
 
 
-def test_a_trimmed_vocabulary_keeps_its_answers():
+def test_texts_whose_tokens_keep_their_rows_keep_their_answers():
     student, _ = _average(FAMILIES["mpnet"])
     texts, tokenizer = TEXTS[:3], make_tokenizer()
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     before = text_logits(student, tokenizer, texts, "cpu", "fp32")
-    smaller = trim_vocabulary(student, tokenizer, texts)
-    assert len(smaller) < len(tokenizer)
-    np.testing.assert_allclose(text_logits(student, smaller, texts, "cpu", "fp32"), before, atol=1e-6)
+    rows = shared_rows(student, tokenizer, texts)
+    assert len(rows.unique()) < len(tokenizer)
+    share_rows(student, rows)
+    np.testing.assert_allclose(text_logits(student, tokenizer, texts, "cpu", "fp32"), before, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

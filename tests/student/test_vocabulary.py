@@ -1,8 +1,15 @@
+import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import make_rows, train_tokenizer
-from distill.student.vocabulary import _in_order, trim_vocabulary
-from tokenizers import Tokenizer, models, processors
+from distill.export.bundle import ExportOptions
+from distill.export.equal_rows import store_equal_rows_once
+from distill.student.training import StudentOptions
+from distill.student.vocabulary import share_rows, shared_rows
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from tokenizers import processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -11,23 +18,29 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from distill import DistillError
+from distill import Classifier, DistillError, export_student, train_student
+from distill.encoding import read_long_texts
+from distill.models import load_model, load_tokenizer, text_logits
 
 CORPUS = [text for text, _ in make_rows(200)]
 OTHER = ["unheard zebras quarrel over lovelier telephones", "ylevol enohp", "batteries, batteries! (again)"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
+@pytest.fixture(params=["wordpiece", "byte-level bpe", "unigram"])
+def tokenizer(request):
+    return _tokenizer(request.param)
+
+
 def _tokenizer(kind):
     tokenizer = train_tokenizer(kind, CORPUS + OTHER, SPECIAL)
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[SEP]", "[CLS]")]
-    tokenizer.post_processor = (
-        processors.BertProcessing(*ends)
-        if kind == "wordpiece"
-        else processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
     )
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
+    return read_long_texts(found, "head")
 
 
 def _model(tokenizer, config=BertConfig, model=BertForSequenceClassification):
@@ -42,116 +55,126 @@ def _logits(model, tokenizer, text):
         return model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits
 
 
-def _spelt(tokens):
-    return "".join(token.removeprefix("##") for token in tokens).replace("\u2581", "")
-
-
-def test_the_limits_in_a_tokenizers_own_file_do_not_hide_tokens(tokenizer):
-    own = tokenizer.backend_tokenizer
-    own.enable_truncation(4)
-    own.enable_padding(length=8)
-    trimmed = trim_vocabulary(_model(tokenizer), tokenizer, [(OTHER[0], CORPUS[0])])
-    for text in (OTHER[0], CORPUS[0]):
-        assert trimmed.tokenize(text) == tokenizer.tokenize(text)
-
-
-@pytest.fixture(params=["wordpiece", "byte-level bpe", "unigram"])
-def tokenizer(request):
-    return _tokenizer(request.param)
+def _used(tokenizer, texts):
+    return {token for text in texts for token in tokenizer(text)["input_ids"]}
 
 
 @pytest.mark.parametrize("size", [None, 30])
-def test_a_text_whose_tokens_are_kept_gets_the_same_answer(tokenizer, size):
-    model = _model(tokenizer)
-    texts = CORPUS + OTHER
-    before = {text: (tokenizer.tokenize(text), _logits(model, tokenizer, text)) for text in texts}
-    trimmed = trim_vocabulary(model, tokenizer, CORPUS, size)
-    assert len(trimmed) < len(tokenizer) and model.config.vocab_size == len(trimmed)
-    assert model.get_input_embeddings().num_embeddings == len(trimmed)
-    kept = trimmed.get_vocab()
-    same = [text for text in texts if all(token in kept for token in before[text][0])]
-    assert len(same) >= (len(CORPUS) if size is None else 10)
-    for text in same:
-        assert trimmed.tokenize(text) == before[text][0]
-        torch.testing.assert_close(_logits(model, trimmed, text), before[text][1], rtol=0, atol=0)
+@pytest.mark.parametrize(
+    "kind", [(BertConfig, BertForSequenceClassification), (MPNetConfig, MPNetForSequenceClassification)]
+)
+def test_a_text_whose_tokens_keep_their_rows_gets_the_same_answer(tokenizer, kind, size):
+    model, texts = _model(tokenizer, *kind), CORPUS + OTHER
+    before = {text: _logits(model, tokenizer, text) for text in texts}
+    rows = shared_rows(model, tokenizer, CORPUS, size)
+    share_rows(model, rows)
+    own = {token for token, row in enumerate(rows.tolist()) if token == row}
+    same = [text for text in texts if _used(tokenizer, [text]) <= own]
+    assert len(same) >= (len(CORPUS) if size is None else 5)
+    for text in texts:
+        equal = torch.equal(_logits(model, tokenizer, text), before[text])
+        assert equal == (text in same)
 
 
-def test_what_could_be_spelt_before_can_be_spelt_now(tokenizer):
-    trimmed = trim_vocabulary(_model(tokenizer), tokenizer, CORPUS[:3], 5)
-    for text in OTHER:
-        before, after = tokenizer.tokenize(text), trimmed.tokenize(text)
-        assert tokenizer.unk_token not in before + after
-        assert _spelt(after) == _spelt(before)
-    assert any(len(trimmed.tokenize(text)) > len(tokenizer.tokenize(text)) for text in OTHER)
-    assert len(trim_vocabulary(_model(tokenizer), tokenizer, CORPUS, 5)) < len(
-        trim_vocabulary(_model(tokenizer), tokenizer, CORPUS)
-    )
+def test_the_most_frequent_tokens_keep_their_rows_and_the_others_read_the_nearest(tokenizer):
+    model, special = _model(tokenizer), set(tokenizer.all_special_ids)
+    rows = shared_rows(model, tokenizer, CORPUS, 8)
+    counts = torch.zeros(len(tokenizer))
+    for text in CORPUS:
+        for token in set(tokenizer(text)["input_ids"]) - special:
+            counts[token] += tokenizer(text)["input_ids"].count(token)
+    own = {token for token, row in enumerate(rows.tolist()) if token == row}
+    assert special <= own and len(own - special) == 8
+    assert min(counts[list(own - special)]) >= max(counts[[t for t in range(len(rows)) if t not in own]])
+    table = model.get_input_embeddings().weight.detach()
+    table = torch.nn.functional.normalize(table - table.mean(dim=0))
+    kept = sorted(own - special)
+    for token in set(range(len(rows))) - own:
+        assert rows[token] == kept[int((table[kept] @ table[token]).argmax())]
 
 
 def test_room_that_the_corpus_leaves_goes_to_the_first_of_the_vocabulary(tokenizer):
-    corpus, ids = CORPUS[:3], tokenizer.get_vocab()
-    used = {token for text in corpus for token in tokenizer.tokenize(text, add_special_tokens=True)}
-    first = sorted(ids.keys() - used, key=ids.__getitem__)[:12]
-    more = trim_vocabulary(_model(tokenizer), tokenizer, corpus, len(used) + 12).get_vocab()
-    assert more.keys() >= used | set(first)
-    assert len(more) < len(ids)
-    whole = trim_vocabulary(_model(tokenizer), tokenizer, corpus, len(ids))
-    assert whole.get_vocab() == ids
+    model, used = _model(tokenizer), _used(tokenizer, CORPUS[:3]) - set(tokenizer.all_special_ids)
+    others = sorted(set(range(len(tokenizer))) - used - set(tokenizer.all_special_ids))
+    rows = shared_rows(model, tokenizer, CORPUS[:3], len(used) + 12)
+    assert set(rows.tolist()) == used | set(others[:12]) | set(tokenizer.all_special_ids)
+    whole = shared_rows(model, tokenizer, CORPUS[:3], len(tokenizer))
+    assert whole.tolist() == list(range(len(tokenizer)))
 
 
-def test_pieces_that_bert_leaves_unused_take_no_room():
-    content = {"model": {"type": "WordPiece", "vocab": {"[PAD]": 0, "[unused0]": 1, "b": 3, "a": 2}}}
-    assert _in_order(content) == [0, 2, 3]
+def test_pairs_and_what_a_tokenizer_cuts_are_counted_as_they_are_read(tokenizer):
+    pair = (OTHER[0], CORPUS[0])
+    rows = shared_rows(_model(tokenizer), tokenizer, [pair])
+    assert set(tokenizer(*pair)["input_ids"]) <= set(rows.tolist())
+    tokenizer.model_max_length = 5
+    rows = shared_rows(_model(tokenizer), tokenizer, [CORPUS[0]])
+    assert len(set(rows.tolist()) - set(tokenizer.all_special_ids)) <= 3
 
 
-def test_special_tokens_keep_their_places_and_survive_saving(tokenizer, tmp_path):
+def test_a_model_without_a_table_of_tokens_is_named(tokenizer):
     model = _model(tokenizer)
-    trimmed = trim_vocabulary(model, tokenizer, CORPUS, 20)
-    assert model.config.pad_token_id == trimmed.pad_token_id
-    assert trimmed.convert_ids_to_tokens(trimmed("lovely")["input_ids"])[::len(trimmed("lovely")["input_ids"]) - 1] == [
-        "[CLS]", "[SEP]",
-    ]  # fmt: skip
-    trimmed.save_pretrained(tmp_path)
-    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    assert again(CORPUS[0])["input_ids"] == trimmed(CORPUS[0])["input_ids"]
-    assert again.model_max_length == 64
-    assert len(Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab()) == len(trimmed)
+    model.get_input_embeddings = lambda: None
+    with pytest.raises(DistillError, match="--vocabulary: this checkpoint has no table of tokens"):
+        shared_rows(model, tokenizer, CORPUS)
 
 
-def test_positions_that_count_from_the_padding_token_stay(tmp_path):
-    tokenizer = _tokenizer("wordpiece")
-    model = _model(tokenizer, MPNetConfig, MPNetForSequenceClassification)
-    expected, padding = _logits(model, tokenizer, CORPUS[0]), model.get_input_embeddings().padding_idx
-    trimmed = trim_vocabulary(model, tokenizer, CORPUS)
-    torch.testing.assert_close(_logits(model, trimmed, CORPUS[0]), expected, rtol=0, atol=0)
-    assert model.get_input_embeddings().padding_idx == padding
+def _lookup(table, axis=0):
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["texts", "tokens"])
+    found = helper.make_tensor_value_info("found", TensorProto.FLOAT, ["texts", "tokens", "width"])
+    node = helper.make_node("Gather", ["table", "ids"], ["found"], axis=axis)
+    constants = [numpy_helper.from_array(table.numpy(), "table")]
+    return helper.make_model(helper.make_graph([node], "lookup", [ids], [found], constants))
 
 
-def test_a_kind_that_cannot_be_trimmed_is_named(tokenizer):
-    plain = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]")),
-        unk_token="[UNK]",
-    )
-    with pytest.raises(DistillError, match=r"--vocabulary: a tokenizer of kind WordLevel cannot be trimmed"):
-        trim_vocabulary(_model(tokenizer), plain, CORPUS)
+def test_equal_rows_are_stored_once():
+    table = torch.randn(10, 4)[torch.tensor([0, 1, 2, 1, 1, 5, 0, 0, 2, 5])]
+    graph, ids = _lookup(table), torch.arange(10).reshape(2, 5).numpy()
+    before = ReferenceEvaluator(graph).run(None, {"ids": ids})[0]
+    assert store_equal_rows_once(graph)
+    assert sorted(tuple(entry.dims) for entry in graph.graph.initializer) == [(4, 4), (10,)]
+    assert (ReferenceEvaluator(graph).run(None, {"ids": ids})[0] == before).all()
 
 
-def test_a_student_is_trained_and_exported_with_its_own_vocabulary(chain, tmp_path):
-    from distill.export.bundle import ExportOptions
-    from distill.student.training import StudentOptions
+@pytest.mark.parametrize(("table", "axis"), [(torch.randn(10, 4), 0), (torch.zeros(4, 10), 1)])
+def test_other_tables_stay_as_they_are(table, axis):
+    graph = _lookup(table, axis)
+    assert not store_equal_rows_once(graph)
+    assert [node.op_type for node in graph.graph.node] == ["Gather"]
 
-    from distill import Classifier, export_student, train_student
 
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_student_is_trained_and_exported_with_rows_that_are_shared(chain, tmp_path, layers, provider):
     manifest = train_student(
         StudentOptions(
             output=tmp_path / "s",
             teacher=chain.teacher,
-            layers=1,
+            layers=layers,
             vocabulary=8,
-            max_steps=2,
+            max_steps=20,
             precision="fp32",
+            learning_rate=1e-2,
         )
     )
-    assert 8 <= manifest.details["vocabulary"] < 33
-    export_student(ExportOptions(student=tmp_path / "s", output=tmp_path / "e", int8=True, max_drop=100.0))
-    assert Classifier(tmp_path / "e").predict(["a lovely phone"])[0] in manifest.labels
+    rows = manifest.details["vocabulary"]
+    assert 8 < rows <= 13
+    model, tokenizer = (
+        load_model(str(tmp_path / "s"), manifest.labels),
+        load_tokenizer(str(tmp_path / "s"), 64),
+    )
+    table = model.get_input_embeddings().weight
+    assert len(table.unique(dim=0)) == rows < len(table)
+    export = ExportOptions(tmp_path / "s", tmp_path / "b", provider=(provider,), int8=True, max_drop=100.0)
+    exported = export_student(export)
+    files = list((tmp_path / "b" / "onnx").glob("*.onnx"))
+    for file in files:
+        lengths = [entry.dims[0] for entry in onnx.load(file).graph.initializer if len(entry.dims) == 2]
+        assert rows in lengths and len(table) not in lengths
+    plain = Classifier(tmp_path / "b", provider="cpu", file="onnx/model.onnx", calibrated=False)
+    expected = text_logits(model.eval(), tokenizer, CORPUS[:20], "cpu", "fp32")
+    np.testing.assert_allclose(plain.predict_logits(CORPUS[:20]), expected, atol=1e-4)
+    quantized = Classifier(tmp_path / "b", provider="cpu", calibrated=False)
+    if provider == "cpu":
+        np.testing.assert_allclose(quantized.predict_logits(CORPUS[:20]), expected, atol=0.2)
+    else:
+        assert len(files) > 1 and len(exported.details["on_cuda"]) == len(files)
