@@ -47,6 +47,7 @@ AUGMENT, EPOCHS = 40_000, 5
 RECIPE = ("--augment", str(AUGMENT), "--epochs", str(EPOCHS), *FAST)
 SEEDED, LAYERS = (0, 2), (1, 3, 6)  # layers of the students
 BESIDE = 2  # students that train at the same time
+LAST = f"_seed{SEEDS[-1]}"  # of a student whose shape has all seeds
 TIMED = 60
 INT8 = "onnx/model_quantized.onnx"
 
@@ -67,7 +68,9 @@ def _alone() -> tuple[str, ...]:
     return ("--alpha", "0", "--epochs", epochs, "--patience", epochs, *FAST)
 
 
-def _students(seeded: Sequence[int], depths: Mapping[int, int]) -> dict[str, tuple[str, ...]]:
+def _students(
+    seeded: Sequence[int], depths: Mapping[int, int], vocabulary: int | None
+) -> dict[str, tuple[str, ...]]:
     """Folder of every student, and the options that make it."""
     found: dict[str, tuple[str, ...]] = {}
     for layers in seeded:
@@ -77,7 +80,11 @@ def _students(seeded: Sequence[int], depths: Mapping[int, int]) -> dict[str, tup
             found[f"{layers}_layers_alone_seed{seed}"] = (*shape, *_alone())
     for layers, seeds in depths.items():
         for seed in SEEDS[:seeds]:
-            found[f"{layers}_layers_seed{seed}"] = ("--layers", str(layers), "--seed", str(seed), *RECIPE)
+            shape = ("--layers", str(layers), "--seed", str(seed))
+            found[f"{layers}_layers_seed{seed}"] = (*shape, *RECIPE)
+            if vocabulary is not None:
+                rows = ("--vocabulary", str(vocabulary))
+                found[f"{layers}_layers_{vocabulary}_rows_seed{seed}"] = (*shape, *rows, *RECIPE)
     return found
 
 
@@ -90,11 +97,10 @@ def _has_recipe(name: str, options: tuple[str, ...]) -> bool:
     return all(str(before[key]) == str(wanted[key]) for key in before.keys() - own)
 
 
-def train(data: Path, teacher: str, student: str, seeded: Sequence[int], depths: Mapping[int, int]) -> None:
+def train(data: Path, teacher: str, student: str, students: Mapping[str, tuple[str, ...]]) -> None:
     """Train and export whatever is not there yet."""
     if not Path("runs/teacher").is_dir():
         _run("train-teacher", "--data", data, "--model", teacher, "--resume")
-    students = _students(seeded, depths)
     for name, options in students.items():
         if Path("runs", name).is_dir() and not _has_recipe(name, options):
             for stale in (name, f"{name}_int8"):
@@ -134,7 +140,7 @@ def _peers(data: Data, student: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return classify, rows
 
 
-def evaluate(student: str, seeded: Sequence[int], depths: Mapping[int, int]) -> dict[str, Any]:
+def evaluate(student: str, students: Sequence[str]) -> dict[str, Any]:
     """Test scores, sizes and latencies of all versions of one set."""
     manifest = read_manifest(Path("runs/teacher"), "train-teacher")
     data = reload_data(manifest.data, manifest.labels)
@@ -152,7 +158,7 @@ def evaluate(student: str, seeded: Sequence[int], depths: Mapping[int, int]) -> 
     rows: dict[str, dict[str, Any]] = {"teacher": {}}
     predicted = {"teacher": read_predictions(Path("runs/teacher"), "test")["teacher"].logits.argmax(axis=1)}
     rows["teacher"]["bytes"] = Path("runs/teacher/model.safetensors").stat().st_size
-    for name in _students(seeded, depths):
+    for name in students:
         folder = Path("runs", f"{name}_int8")
         predicted[name] = read_predictions(folder, "test")["int8"].logits.argmax(axis=1)
         unquantized = read_predictions(Path("runs", name), "test")["student"].logits.argmax(axis=1)
@@ -187,20 +193,21 @@ def evaluate(student: str, seeded: Sequence[int], depths: Mapping[int, int]) -> 
         "classes": classes,
         "results": rows,
         "seeded": {
-            str(layers): _over_seeds(layers, truth, predicted, rows, classes)
-            for layers in (*seeded, *(layers for layers, seeds in depths.items() if seeds == len(SEEDS)))
+            shape: _over_seeds(shape, truth, predicted, rows, classes)
+            for shape in (name.removesuffix(LAST) for name in students if name.endswith(LAST))
+            if not shape.endswith("_alone")
         },
     }
 
 
 def _over_seeds(
-    layers: int, truth: Any, predicted: dict[str, Any], rows: dict[str, Any], classes: int
+    shape: str, truth: Any, predicted: dict[str, Any], rows: dict[str, Any], classes: int
 ) -> dict[str, Any]:
-    """Mean and spread over seeds of students of a depth, and what they gain over any without a teacher."""
-    with_teacher = [f"{layers}_layers_seed{seed}" for seed in SEEDS]
+    """Mean and spread over seeds of students of a shape, and what they gain over any without a teacher."""
+    with_teacher = [f"{shape}_seed{seed}" for seed in SEEDS]
     found = [rows[name]["macro_f1"] for name in with_teacher]
     over = {"mean": float(np.mean(found)), "deviation": float(np.std(found, ddof=1))}
-    alone = [f"{layers}_layers_alone_seed{seed}" for seed in SEEDS]
+    alone = [f"{shape}_alone_seed{seed}" for seed in SEEDS]
     if alone[0] not in rows:
         return over
     samples = paired_bootstrap(truth, [predicted[name] for name in with_teacher + alone], classes).macro_f1
@@ -234,6 +241,7 @@ def _over_seeds(
 @click.option(
     "--seeds", type=click.IntRange(1, len(SEEDS)), default=1, help="How many seeds the other depths have."
 )
+@click.option("--vocabulary", type=click.IntRange(1), help="Rows of the other depths' students, beside all.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("pareto"), help="Folder for the runs.")
 def main(
     data: Path,
@@ -243,6 +251,7 @@ def main(
     seeded: tuple[int, ...],
     depths: tuple[int, ...],
     seeds: int,
+    vocabulary: int | None,
     work: Path,
 ) -> None:
     """Run the benchmark, set by set."""
@@ -254,9 +263,9 @@ def main(
         folder = work / name
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
-        others = dict.fromkeys(depths, seeds)
-        train(data / name, teacher, student, seeded, others)
-        result = evaluate(student, seeded, others)
+        students = _students(seeded, dict.fromkeys(depths, seeds), vocabulary)
+        train(data / name, teacher, student, students)
+        result = evaluate(student, list(students))
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         click.echo(json.dumps(result, indent=2))
 

@@ -13,15 +13,17 @@ RESULTS = Path(__file__).resolve().parent / "results" / "pareto"
 
 
 def _label(name: str) -> str:
-    layers, _, rest = name.partition("_layers")
-    if not rest:
+    if "_layers" not in name:
         return name
-    depth = _depth(layers)
-    return f"{depth} without a teacher, INT8" if "alone" in rest else f"student of {depth}, INT8"
+    shape = _shape(name.rpartition("_seed")[0])
+    return f"{shape} without a teacher, INT8" if "_alone" in name else f"student of {shape}, INT8"
 
 
-def _depth(layers: str) -> str:
-    return {"0": "no layers", "1": "1 layer"}.get(layers, f"{layers} layers")
+def _shape(name: str) -> str:
+    """`1_layers_3000_rows` in words."""
+    layers, _, *rows = name.removesuffix("_alone").split("_")
+    depth = {"0": "no layers", "1": "1 layer"}.get(layers, f"{layers} layers")
+    return f"{depth}, {int(rows[0]):,} rows" if rows else depth
 
 
 def _merged(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -60,14 +62,14 @@ def table(name: str, result: dict[str, Any]) -> str:
             f"| {label}{seeds} | {row['macro_f1']:.4f} | {before} | "
             f"{row['kept']:.1%} | {latency} | {row['bytes'] / 1e6:.1f} |"
         )
-    for layers, seeded in result["seeded"].items():
+    for shape, seeded in result["seeded"].items():
         gain = seeded.get("gain_over_no_teacher")
         gained = gain and (
             f"; by the teacher gained {100 * gain['value']:.1f} points (95 % interval "
             f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})"
         )
         spread = f"{seeded['mean']:.4f} ± {seeded['deviation']:.4f} over seeds"
-        lines += ["", f"{_depth(layers).capitalize()}: {spread}{gained or ''}."]
+        lines += ["", f"{_shape(shape).capitalize()}: {spread}{gained or ''}."]
     lines.append("")
     return "\n".join(lines)
 
