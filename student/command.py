@@ -68,8 +68,8 @@ class Milliseconds(click.ParamType):
 @click.option(
     "--vocabulary",
     type=click.IntRange(min=0),
-    help="Keep this many rows of the embedding table, for the most frequent tokens of what the student learns "
-    "on, then the checkpoint's first; others share the nearest; 0 for all that occur [the checkpoint's].",
+    help="Keep this many rows of the embedding table: of the most frequent tokens in what the student learns "
+    "on, then the checkpoint's first. Others read the nearest. 0 for all that occur [the checkpoint's].",
 )
 @click.option("--unlabeled", help="File, folder or address with more texts, which only the teacher labels.")
 @click.option(
