@@ -13,6 +13,7 @@ import onnx
 from distill.export.cpu import write_int8
 from distill.export.cuda import write_cuda
 from distill.export.draft import FP32, INT8, Draft
+from distill.export.equal_rows import store_equal_rows_once
 from distill.export.onnx import export_fp32, shorten
 from distill.export.placement import off_cuda
 from distill.export.verification import require_parity
@@ -32,6 +33,7 @@ from distill.training import predict_logits
 
 logger = logging.getLogger(__name__)
 SINGLE = "classifier.onnx"
+LARGEST = 2**31  # bytes of a graph in one file
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
 
 
@@ -159,6 +161,11 @@ def _place(exported: Path, folder: Path, manifest: Manifest) -> None:
     """Put the fp32 graph into the bundle, and find out whether CUDA has kernels for all of it."""
     (folder / "onnx").mkdir()
     external = exported.with_name(f"{exported.name}_data")
+    if external.exists():
+        graph = onnx.load(exported)
+        if store_equal_rows_once(graph) and graph.ByteSize() < LARGEST:
+            onnx.save(graph, exported)
+            external.unlink()
     if external.exists():  # more than 2 GB: left as it is
         for path in (exported, external):
             shutil.copy(path, folder / "onnx" / path.name)

@@ -1,5 +1,6 @@
 """Store the equal rows of an embedding table once: tokens that share one (student/vocabulary.py)."""
 
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 MOST = 0.75  # of the rows; leaving out fewer is not worth another lookup
+ROW = "_row"  # ends the name of a table of row numbers
 LOOKUPS = {"Gather": (0, 1), "EmbedLayerNormalization": (2, 0)}  # which inputs are the table and the ids
 
 
@@ -25,11 +27,12 @@ def store_equal_rows_once(model: onnx.ModelProto) -> bool:
         place, ids = LOOKUPS.get(node.op_type, (0, 0))
         table = constants.get(node.input[place]) if node.op_type in LOOKUPS else None
         if table is not None and len(table.dims) == 2 and attributes(node).get("axis", 0) == 0:
-            distinct, numbers = _distinct(numpy_helper.to_array(table))
-            if len(distinct) <= MOST * len(numbers):
-                smaller |= {f"{table.name}_distinct": distinct, f"{table.name}_row": numbers}
-                rows = f"{node.output[0]}_row"
-                nodes.append(helper.make_node("Gather", [f"{table.name}_row", node.input[ids]], [rows]))
+            values = numpy_helper.to_array(table)
+            numbers, first = _distinct(values)
+            if len(first) <= MOST * len(values):
+                smaller |= {f"{table.name}_distinct": values[first], f"{table.name}{ROW}": numbers}
+                rows = f"{node.output[0]}{ROW}"
+                nodes.append(helper.make_node("Gather", [f"{table.name}{ROW}", node.input[ids]], [rows]))
                 node.input[place], node.input[ids] = f"{table.name}_distinct", rows
         nodes.append(node)
     if smaller:
@@ -37,8 +40,13 @@ def store_equal_rows_once(model: onnx.ModelProto) -> bool:
     return bool(smaller)
 
 
-def _distinct(table: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    """The distinct rows, in the order of their first, and for every row which of them it is."""
+def _distinct(table: NDArray[Any]) -> tuple[NDArray[np.int32], list[int]]:
+    """For every row the number of the one it equals, in the order of their first places; and those places."""
     numbers: dict[bytes, int] = {}
-    found = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in table], dtype=np.int32)
-    return table[np.unique(found, return_index=True)[1]], found
+    first: list[int] = []
+    found = np.empty(len(table), dtype=np.int32)
+    for place, row in enumerate(table):
+        found[place] = numbers.setdefault(blake2b(row.tobytes(), digest_size=16).digest(), len(first))
+        if found[place] == len(first):
+            first.append(place)
+    return found, first

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from distill.export.equal_rows import ROW
 from distill.export.observation import products
 from distill.export.onnx import quiet
 from distill.export.rounding import bound_pairs
@@ -153,8 +154,10 @@ def _quantize_tables(model: onnx.ModelProto) -> None:
     """Store embedding tables in INT8 with a scale for every row.
 
     Short tables (positions, token types) stay as they are: they take little room, and their lookup is faster.
+    A short table of tokens that share rows (export/equal_rows.py) is taken: its ids are looked up themselves.
     """
     constants = {entry.name: entry for entry in model.graph.initializer}
+    looked_up = {node.output[0] for node in model.graph.node if node.input and node.input[0].endswith(ROW)}
     nodes: list[Any] = []
     tables: dict[str, Any] = {}
     for node in model.graph.node:
@@ -163,7 +166,7 @@ def _quantize_tables(model: onnx.ModelProto) -> None:
             table is None
             or table.data_type != TensorProto.FLOAT
             or len(table.dims) != 2
-            or table.dims[0] < MIN_ROWS
+            or (table.dims[0] < MIN_ROWS and node.input[1] not in looked_up)
             or attributes(node).get("axis", 0) != 0
         ):
             nodes.append(node)

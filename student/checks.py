@@ -20,6 +20,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise DistillError(f"--temperature {options['temperature']}: must be above 0")
     if not 0 <= options["alpha"] <= 1:
         raise DistillError(f"--alpha {options['alpha']}: must be between 0 and 1")
+    if (options["vocabulary"] or 0) < 0:
+        raise DistillError(f"--vocabulary {options['vocabulary']}: give 0 for all tokens that occur, or more")
     given = [name for name in ("layers", "speedup", "latency_budget") if options[name] is not None]
     if len(given) > 1:
         first, second = (f"--{name.replace('_', '-')}" for name in given[:2])

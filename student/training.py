@@ -157,7 +157,7 @@ class _Fitted:
     data: Data
     tokenizer: Any
     trained: Trained
-    rows_of_tokens: int
+    shared: torch.Tensor | None
     made: dict[str, int]
     parent: str
     teacher_temperature: float
@@ -196,11 +196,10 @@ def _fit(options: StudentOptions) -> _Fitted:
         made = ahead(partial(augmented, corpus, budget, data.seed, held_out, folder, similar))
         corpus, unlabeled = concatenate_datasets([corpus, made]), [*unlabeled, made]
         extra["augmented"] = len(made)
-    shared, rows_of_tokens = None, len(tokenizer)
+    shared = None
     if options.vocabulary is not None:
-        shared = once(partial(shared_rows, model, tokenizer, texts_of(corpus), options.vocabulary or None))
-        rows_of_tokens = len(shared.unique())
-        logger.info("Vocabulary: %d tokens share %d rows", len(tokenizer), rows_of_tokens)
+        shared = once(partial(_shared_rows, model, tokenizer, corpus, options, resume_from is not None))
+        logger.info("Vocabulary: %d tokens share %d rows", len(tokenizer), len(shared.unique()))
     rows, *unlabeled = (in_windows(part, tokenizer) for part in (data.splits["train"], *unlabeled))
     how = (options.device, options.precision, options.engine, options.workers)
 
@@ -228,7 +227,27 @@ def _fit(options: StudentOptions) -> _Fitted:
     trained = fit(model, tokenizer, train, validation, options, loss, "Student", resume_from)
     if shared is not None:
         share_rows(trained.model, shared)
-    return _Fitted(data, tokenizer, trained, rows_of_tokens, extra, parent, temperature)
+    return _Fitted(data, tokenizer, trained, shared, extra, parent, temperature)
+
+
+def _shared_rows(
+    model: Any, tokenizer: Any, corpus: Dataset, options: StudentOptions, resumed: bool
+) -> torch.Tensor:
+    """Who reads which row; a resumed run goes on with what it was trained as."""
+    record = options.checkpoints / "rows.npy"
+    if resumed and record.is_file():
+        return torch.from_numpy(np.load(record))
+    rows = shared_rows(model, tokenizer, texts_of(corpus), options.vocabulary or None)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    np.save(record, rows.numpy())
+    return rows
+
+
+def _spare(model: Any, shared: torch.Tensor | None) -> int:
+    """Parameters in rows that are there several times, which export stores once."""
+    if shared is None:
+        return 0
+    return (len(shared) - len(shared.unique())) * model.get_input_embeddings().embedding_dim  # type: ignore[no-any-return]
 
 
 def train_student(options: StudentOptions) -> Manifest:
@@ -252,6 +271,7 @@ def train_student(options: StudentOptions) -> Manifest:
         split: predict_logits(trained.model, tokenizer, data.splits[split], trained.device, trained.precision)
         for split in EVALUATED
     }
+    rows = len(tokenizer) if fitted.shared is None else len(fitted.shared.unique())
     manifest = Manifest(
         stage="train-student",
         labels=data.labels,
@@ -263,13 +283,13 @@ def train_student(options: StudentOptions) -> Manifest:
         problem_type=data.problem_type,
         long_texts=way_of(tokenizer),
         max_length=tokenizer.model_max_length,
-        parameters=count_parameters(trained.model),
+        parameters=count_parameters(trained.model) - _spare(trained.model, fitted.shared),
         device=trained.device,
         precision=trained.precision,
         wall_seconds=round(time.monotonic() - started, 1),
         details={
             "layers": depth(trained.model),
-            "vocabulary": fitted.rows_of_tokens,
+            "vocabulary": rows,
             "teacher_temperature": fitted.teacher_temperature,
             "steps": trained.steps(),
             **trained.long,

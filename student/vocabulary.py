@@ -44,16 +44,19 @@ def shared_rows(model: Any, tokenizer: Any, texts: Iterable[Text], size: int | N
     except (NotImplementedError, AttributeError) as error:
         raise DistillError("--vocabulary: this checkpoint has no table of tokens; leave it out") from error
     counts = _counts(tokenizer, texts)
-    special = _special(model, tokenizer)
+    special = {token for token in _special(model, tokenizer) if 0 <= token < len(table)}
     ranked = sorted(counts.keys() - special, key=lambda token: (-counts[token], token))
-    others = (token for token in range(len(tokenizer)) if token not in special and token not in counts)
-    own = torch.tensor(ranked if size is None else list(islice(chain(ranked, others), size)))
+    others = (token for token in _in_order(tokenizer) if token not in special and token not in counts)
+    own = ranked if size is None else list(islice(chain(ranked, others), size))
+    if not own or max(own) >= len(table):
+        raise DistillError("--vocabulary: the texts have no token that this checkpoint knows; leave it out")
     rows = torch.arange(len(table))
     shares = torch.ones(len(table), dtype=torch.bool)
-    shares[[*own.tolist(), *special]] = False
+    shares[[*own, *special]] = False
     table = torch.nn.functional.normalize(table - table.mean(dim=0), dim=-1)
+    kept = torch.tensor(own)
     for block in shares.nonzero()[:, 0].split(BLOCK):
-        rows[block] = own[(table[block] @ table[own].T).argmax(dim=1)]
+        rows[block] = kept[(table[block] @ table[kept].T).argmax(dim=1)]
     return rows
 
 
@@ -72,8 +75,15 @@ def _counts(tokenizer: Any, texts: Iterable[Text]) -> Counter[int]:
     return counts
 
 
+def _in_order(tokenizer: Any) -> list[int]:
+    """All tokens but those that BERT leaves unused, whose rows nobody trained."""
+    spelt = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return [token for token, piece in enumerate(spelt) if piece and not piece.startswith("[unused")]
+
+
 def _special(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that a model or tokenizer knows by their numbers."""
-    named = {value for name, value in vars(model.config).items() if name.endswith("_token_id")}
-    found = named | {model.get_input_embeddings().padding_idx, *tokenizer.all_special_ids}
-    return {token for token in found if isinstance(token, int)} | tokenizer.added_tokens_decoder.keys()
+    """Tokens that a model or tokenizer knows by their numbers; some configurations name several ends."""
+    named = [value for name, value in vars(model.config).items() if name.endswith("_token_id")]
+    named += [model.get_input_embeddings().padding_idx, *tokenizer.all_special_ids]
+    flat = chain.from_iterable(one if isinstance(one, list) else [one] for one in named)
+    return {token for token in flat if isinstance(token, int)} | tokenizer.added_tokens_decoder.keys()

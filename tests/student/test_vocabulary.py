@@ -1,10 +1,15 @@
+from itertools import chain as concatenated
+
 import numpy as np
 import onnx
 import pytest
 import torch
 from conftest import make_rows, train_tokenizer
+from distill.export import bundle
 from distill.export.bundle import ExportOptions
 from distill.export.equal_rows import store_equal_rows_once
+from distill.export.quantization import _quantize_tables
+from distill.student import training, vocabulary
 from distill.student.training import StudentOptions
 from distill.student.vocabulary import share_rows, shared_rows
 from onnx import TensorProto, helper, numpy_helper
@@ -19,8 +24,10 @@ from transformers import (
 )
 
 from distill import Classifier, DistillError, export_student, train_student
+from distill.artifact import Manifest
 from distill.encoding import read_long_texts
-from distill.models import load_model, load_tokenizer, text_logits
+from distill.models import count_parameters, load_model, load_tokenizer, text_logits
+from distill.training import fit
 
 CORPUS = [text for text, _ in make_rows(200)]
 OTHER = ["unheard zebras quarrel over lovelier telephones", "ylevol enohp", "batteries, batteries! (again)"]
@@ -111,6 +118,47 @@ def test_pairs_and_what_a_tokenizer_cuts_are_counted_as_they_are_read(tokenizer)
     assert len(set(rows.tolist()) - set(tokenizer.all_special_ids)) <= 3
 
 
+def test_blocks_and_batches_leave_nothing_out(tokenizer, monkeypatch):
+    model = _model(tokenizer)
+    whole = shared_rows(model, tokenizer, CORPUS, 8)
+    monkeypatch.setattr(vocabulary, "BLOCK", 7)
+    monkeypatch.setattr(vocabulary, "BATCH", 3)
+    assert shared_rows(model, tokenizer, CORPUS, 8).tolist() == whole.tolist()
+
+
+def test_tokens_that_only_the_configuration_or_the_table_knows():
+    tokenizer = _tokenizer("wordpiece")
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, model_max_length=64)
+    bare = read_long_texts(bare, "head")
+    model, size = _model(tokenizer), len(tokenizer)
+    model.resize_token_embeddings(size + 8)
+    model.config.eos_token_id, model.config.bos_token_id = [size + 2, 7], size + 100  # as Llama's, as GPT-2's
+    model.get_input_embeddings().padding_idx = size + 4
+    rows = shared_rows(model, bare, CORPUS, size)
+    own = {token for token, row in enumerate(rows.tolist()) if token == row}
+    assert own >= {size + 2, 7, size + 4, *tokenizer.all_special_ids}
+    assert not own & {size, size + 1, size + 3}
+    assert not set(rows[size:].tolist()) & {7, *tokenizer.all_special_ids}
+
+
+def test_rows_that_bert_leaves_unused_are_nobodys():
+    tokenizer = _tokenizer("wordpiece")
+    spelt = tokenizer.convert_ids_to_tokens
+    unused = {token: f"[unused{token}]" for token in (5, 9)}
+    tokenizer.convert_ids_to_tokens = lambda ids: [
+        unused.get(one, piece) for one, piece in zip(ids, spelt(ids), strict=True)
+    ]
+    rows = shared_rows(_model(tokenizer), tokenizer, [OTHER[0]], len(tokenizer) - 40)
+    assert not set(rows.tolist()) & unused.keys() - _used(tokenizer, [OTHER[0]])
+
+
+def test_texts_without_a_known_token_are_refused(tokenizer):
+    with pytest.raises(
+        DistillError, match="--vocabulary: the texts have no token that this checkpoint knows"
+    ):
+        shared_rows(_model(tokenizer), tokenizer, [""])
+
+
 def test_a_model_without_a_table_of_tokens_is_named(tokenizer):
     model = _model(tokenizer)
     model.get_input_embeddings = lambda: None
@@ -135,6 +183,31 @@ def test_equal_rows_are_stored_once():
     assert (ReferenceEvaluator(graph).run(None, {"ids": ids})[0] == before).all()
 
 
+@pytest.mark.parametrize("distinct", [1300, 30])
+def test_a_table_of_shared_rows_is_quantized_whatever_its_length(distinct):
+    graph, ids = _lookup(torch.randn(distinct, 8)[torch.randint(distinct, (3000,))]), np.arange(3000)[None]
+    before = ReferenceEvaluator(graph).run(None, {"ids": ids})[0]
+    store_equal_rows_once(graph)
+    _quantize_tables(graph)
+    sizes = {entry.name: (entry.dims[0], entry.data_type) for entry in graph.graph.initializer}
+    assert sizes["table_distinct_int8"][1] == TensorProto.INT8 and sizes["table_distinct_int8"][0] <= distinct
+    np.testing.assert_allclose(ReferenceEvaluator(graph).run(None, {"ids": ids})[0], before, atol=0.03)
+
+
+@pytest.mark.parametrize("limit", [2**31, 100])
+def test_a_graph_that_fits_one_file_without_its_equal_rows_becomes_one(tmp_path, monkeypatch, limit):
+    graph = _lookup(torch.randn(300, 64)[torch.randint(300, (3000,))])
+    ids = np.arange(3000)[None]
+    before = ReferenceEvaluator(graph).run(None, {"ids": ids})[0]
+    onnx.save(graph, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx_data")
+    monkeypatch.setattr(bundle, "LARGEST", limit)
+    manifest = Manifest(stage="export", labels=[], options={}, seed=0, data={}, details={"files": {}})
+    bundle._place(tmp_path / "model.onnx", tmp_path, manifest)
+    assert (tmp_path / "onnx" / "model.onnx_data").exists() is (limit == 100)
+    found = ReferenceEvaluator(onnx.load(tmp_path / "onnx" / "model.onnx")).run(None, {"ids": ids})[0]
+    assert (found == before).all()
+
+
 @pytest.mark.parametrize(("table", "axis"), [(torch.randn(10, 4), 0), (torch.zeros(4, 10), 1)])
 def test_other_tables_stay_as_they_are(table, axis):
     graph = _lookup(table, axis)
@@ -144,7 +217,16 @@ def test_other_tables_stay_as_they_are(table, axis):
 
 @pytest.mark.parametrize("provider", ["cpu", "cuda"])
 @pytest.mark.parametrize("layers", [0, 1])
-def test_a_student_is_trained_and_exported_with_rows_that_are_shared(chain, tmp_path, layers, provider):
+def test_a_student_is_trained_and_exported_with_rows_that_are_shared(
+    chain, tmp_path, layers, provider, monkeypatch
+):
+    read = []
+
+    def watched(model, tokenizer, train, validation, *rest):
+        read.extend({*concatenated.from_iterable(part["input_ids"])} for part in (train, validation))
+        return fit(model, tokenizer, train, validation, *rest)
+
+    monkeypatch.setattr(training, "fit", watched)
     manifest = train_student(
         StudentOptions(
             output=tmp_path / "s",
@@ -164,6 +246,11 @@ def test_a_student_is_trained_and_exported_with_rows_that_are_shared(chain, tmp_
     )
     table = model.get_input_embeddings().weight
     assert len(table.unique(dim=0)) == rows < len(table)
+    # A token that shares a row is not read in training either.
+    alike = [(table == row).all(dim=1).sum() for row in table]
+    assert all(len(part) <= rows for part in read)
+    assert sum(alike[token] > 1 for token in read[0] | read[1]) < sum(count > 1 for count in alike)
+    assert manifest.parameters == count_parameters(model) - (len(table) - rows) * table.shape[1]
     export = ExportOptions(tmp_path / "s", tmp_path / "b", provider=(provider,), int8=True, max_drop=100.0)
     exported = export_student(export)
     files = list((tmp_path / "b" / "onnx").glob("*.onnx"))
@@ -178,3 +265,31 @@ def test_a_student_is_trained_and_exported_with_rows_that_are_shared(chain, tmp_
         np.testing.assert_allclose(quantized.predict_logits(CORPUS[:20]), expected, atol=0.2)
     else:
         assert len(files) > 1 and len(exported.details["on_cuda"]) == len(files)
+
+
+def test_a_resumed_run_keeps_its_rows_and_texts_beside_the_training_text_count(chain, tmp_path, monkeypatch):
+    more = tmp_path / "more.csv"
+    more.write_text("text\n" + "\n".join(["[MASK]" + text for text in CORPUS[:3]]) + "\n")
+    options = StudentOptions(
+        output=tmp_path / "s", teacher=chain.teacher, layers=0, vocabulary=0, unlabeled=str(more),
+        augment="20", max_steps=1, precision="fp32",
+    )  # fmt: skip
+    counted = []
+    monkeypatch.setattr(
+        training, "shared_rows", lambda *given: counted.append(len(given[2])) or shared_rows(*given)
+    )
+    manifest = train_student(options)
+    assert counted == [manifest.data["rows"]["train"] + 3 + 20]
+    model, tokenizer = (
+        load_model(str(tmp_path / "s"), manifest.labels),
+        load_tokenizer(str(tmp_path / "s"), 64),
+    )
+    options.checkpoints.mkdir(parents=True)
+    kept = np.zeros(len(tokenizer), dtype=np.int64)
+    np.save(options.checkpoints / "rows.npy", kept)
+    assert training._shared_rows(model, tokenizer, None, options, True).tolist() == kept.tolist()
+
+
+def test_a_negative_number_of_rows_is_refused(chain, tmp_path):
+    with pytest.raises(DistillError, match="--vocabulary -1: give 0"):
+        train_student(StudentOptions(output=tmp_path / "s", teacher=chain.teacher, vocabulary=-1))
