@@ -170,6 +170,7 @@ def main(
             "seeds": list(SEEDS),
             "augment": f"{BUDGET}x",
             "epochs": EPOCHS,
+            "vocabulary": "whole",  # an earlier recipe cut it
         }
         if only and record.is_file():  # the other rows stay, if they were made in the same way
             before = json.loads(record.read_text(encoding="utf-8"))
