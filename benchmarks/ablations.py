@@ -1,11 +1,11 @@
 """What each part of the recipe for students is worth: with and without it, over seeds.
 
-One teacher; students of two layers (but for two rows), all with the same number of steps, scored on the
-validation split, which is where the recipe and every student's best epoch were chosen: macro-F1, negative
-log-likelihood of the labels, and KL divergence from what the recipe's students learn from. The latter two
-tell students apart where macro-F1 of a thousand texts cannot; what learns from others (two teachers) is not
-to be judged by the last. The variants are those of variants.py. A student that is there already is not
-trained again. Prints a table and keeps it in results/ablations/SET.json.
+One teacher; students of one depth (but for the rows that say otherwise), all with the same number of steps,
+scored on the validation split, which is where the recipe and every student's best epoch were chosen:
+macro-F1, negative log-likelihood of the labels, and KL divergence from what the recipe's students learn
+from. The latter two tell students apart where macro-F1 of a thousand texts cannot; what learns from others
+(two teachers) is not to be judged by the last. The variants are those of variants.py. A student that is
+there already is not trained again. Prints a table and keeps it in results/ablations/SET.json.
 
 Usage: python benchmarks/ablations.py DATA --teacher all-mpnet-base-v2 --student all-MiniLM-L6-v2
 
@@ -43,7 +43,7 @@ BESIDE = 2  # students that train at the same time: a small one keeps few cores 
 
 
 def run(
-    data: Path, teacher: str, student: str, only: tuple[str, ...] = ()
+    data: Path, teacher: str, student: str, layers: int, only: tuple[str, ...] = ()
 ) -> dict[str, list[tuple[float, ...]]]:
     """Train whatever is not there yet; the `MEASURES` of every variant and seed."""
     if not Path("runs/teacher").is_dir():
@@ -56,7 +56,7 @@ def run(
         same = {name: first[name] for name in names} | {"batch_size": first["batch_size"] // 2}
         train_teacher(TeacherOptions(output=SECOND, data=str(data), resume=True, **same))
     wanted = {
-        (name, seed): _options(student, (name, seed))
+        (name, seed): _options(student, layers, (name, seed))
         for name in VARIANTS
         if not only or name in ("recipe", *only)
         for seed in SEEDS
@@ -64,10 +64,10 @@ def run(
     missing = [key for key, options in wanted.items() if not _is_done(options)]
     # The first leaves the soft labels that most of the others share.
     for key in missing[:1]:
-        _train(student, key)
+        _train(student, layers, key)
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // BESIDE))
     with ProcessPoolExecutor(BESIDE, get_context("spawn")) as pool:
-        list(pool.map(partial(_train, student), missing[1:]))
+        list(pool.map(partial(_train, student, layers), missing[1:]))
     scores: dict[str, list[tuple[float, ...]]] = {}
     recipe = read_manifest(wanted["recipe", SEEDS[0]].output, "train-student")
     temperature = recipe.details["teacher_temperature"]
@@ -76,20 +76,20 @@ def run(
     return scores
 
 
-def _options(student: str, one: tuple[str, int]) -> StudentOptions:
+def _options(student: str, layers: int, one: tuple[str, int]) -> StudentOptions:
     """Of one student: a variant and a seed."""
     name, seed = one
     common = StudentOptions(
-        student=student, layers=2, augment=f"{BUDGET}x", epochs=EPOCHS, batch_size=64,
+        student=student, layers=layers, augment=f"{BUDGET}x", epochs=EPOCHS, batch_size=64,
         learning_rate=3e-4, patience=10**6, resume=True,
     )  # fmt: skip
-    output = Path("ablations", f"{name.replace(' ', '_')}_{seed}")
+    output = Path("ablations", f"{layers}_layers", f"{name.replace(' ', '_')}_{seed}")
     return replace(common, output=output, seed=seed, **VARIANTS[name][0])
 
 
-def _train(student: str, one: tuple[str, int]) -> None:
+def _train(student: str, layers: int, one: tuple[str, int]) -> None:
     click.echo(f"{one[0]}, seed {one[1]}")
-    options = _options(student, one)
+    options = _options(student, layers, one)
     with VARIANTS[one[0]][1]():
         train_student(replace(options, overwrite=options.output.is_dir()))
 
@@ -148,10 +148,17 @@ def table(scores: dict[str, list[tuple[float, ...]]]) -> dict[str, Any]:
 @click.option("--teacher", default="sentence-transformers/all-mpnet-base-v2", help="Checkpoint.")
 @click.option("--student", default="sentence-transformers/all-MiniLM-L6-v2", help="Checkpoint.")
 @click.option("--set", "names", multiple=True, default=SETS, help="Sets to run.")
+@click.option("--layers", type=click.IntRange(1), default=1, help="Of the students.")
 @click.option("--only", multiple=True, help="Variants to run, besides the recipe itself; all when left out.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("pareto"), help="Folder for the runs.")
 def main(
-    data: Path, teacher: str, student: str, names: tuple[str, ...], only: tuple[str, ...], work: Path
+    data: Path,
+    teacher: str,
+    student: str,
+    names: tuple[str, ...],
+    layers: int,
+    only: tuple[str, ...],
+    work: Path,
 ) -> None:
     """Run the ablations, set by set."""
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -161,12 +168,13 @@ def main(
         folder = work / name
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
-        rows = table(run(data / name, teacher, student, only))
+        rows = table(run(data / name, teacher, student, layers, only))
         record = RESULTS / f"{name}.json"
         result = {
             "cpu": cpu_name(),
             "teacher": Path(teacher).name,
             "student": Path(student).name,
+            "layers": layers,
             "seeds": list(SEEDS),
             "augment": f"{BUDGET}x",
             "epochs": EPOCHS,

@@ -79,6 +79,13 @@ def _without(kind: Callable[..., Any]) -> Callable[[], AbstractContextManager[An
     return partial(mock.patch.object, augmentation, "AUGMENTATIONS", rest)
 
 
+def _kept(chosen: Callable[[int, int], range]) -> Callable[[], AbstractContextManager[Any]]:
+    """Other layers of the checkpoint than evenly spaced ones, by their number and how many are kept."""
+    return partial(
+        mock.patch.object, architecture, "evenly_spaced", lambda total, keep, *_: list(chosen(total, keep))
+    )
+
+
 SECOND = Path("runs/teacher_2")
 
 
@@ -249,10 +256,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
     "two teachers": ({}, _two_teachers),
     "the teacher's features too": ({}, _with_features),
     "the teacher's relations too": ({}, _with_relations),
-    "the first two layers": (
-        {},
-        partial(mock.patch.object, architecture, "evenly_spaced", lambda _, keep, *__: list(range(keep))),
-    ),
+    "the first layers": ({}, _kept(lambda _, keep: range(keep))),
+    "the last layers": ({}, _kept(lambda total, keep: range(total - keep, total))),
+    "two layers of 384 neurons": ({"layers": 2, "intermediate_size": 384}, nullcontext),
     "three layers of 384 neurons": ({"layers": 3, "intermediate_size": 384}, nullcontext),
     "no layers": ({"layers": 0}, nullcontext),
 }

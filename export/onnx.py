@@ -13,6 +13,7 @@ import onnx
 import torch
 import transformers
 from distill.export.equal_rows import store_equal_rows_once
+from distill.export.idle_heads import drop_idle_heads
 from distill.export.idle_layers import drop_idle_layers
 from distill.export.one_query import attend_from_first_token
 from distill.export.pooling import keep_first_token
@@ -98,9 +99,12 @@ def _with_transformers(student: Path, folder: Path) -> None:
 def shorten(model: Path, shortened: Path, provider: str = "cpu") -> bool:
     """Write `model` without what its answer does not need; say whether only its first token is read.
 
-    Rows of tokens that share one are left out too, here and not before: fusion would not know the embedding.
+    Rows of tokens that share one are left out too, here and not before: fusion would not know the embedding;
+    and, for the CPU, heads that add nothing, where attention is fused.
     """
     graph = onnx.load(model)
+    if provider == "cpu":
+        drop_idle_heads(graph)
     found = keep_first_token(graph)
     if found:
         attend_from_first_token(graph, provider)

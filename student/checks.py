@@ -26,10 +26,11 @@ def check_options(options: Mapping[str, Any]) -> None:
     if len(given) > 1:
         first, second = (f"--{name.replace('_', '-')}" for name in given[:2])
         raise DistillError(f"{second}: chooses the number of layers, as {first} does; leave one of them out")
-    if options["layers"] == 0 and options["intermediate_size"] is not None:
-        raise DistillError(
-            "--intermediate-size: without layers there are no feed-forward networks; leave it out"
-        )
+    for name, parts in (("intermediate_size", "feed-forward networks"), ("attention_heads", "heads")):
+        if options["layers"] == 0 and options[name] is not None:
+            raise DistillError(
+                f"--{name.replace('_', '-')}: without layers there are no {parts}; leave it out"
+            )
     for name in ("unlabeled", "augment"):
         if options[name] and options["alpha"] == 0:
             raise DistillError(

@@ -54,6 +54,11 @@ class Milliseconds(click.ParamType):
     help="Keep this many neurons in every feed-forward network, those that add most [the checkpoint's].",
 )
 @click.option(
+    "--attention-heads",
+    type=POSITIVE,
+    help="Keep this many heads in every attention, those that add most [the checkpoint's].",
+)
+@click.option(
     "--speedup",
     type=RATE,
     help="Keep as many layers as are this many times as fast as the teacher: INT8 against its pipeline in "

@@ -15,6 +15,7 @@ from datasets import Dataset, concatenate_datasets
 from distill.student.architecture import average_tokens, cut_positions, keep_layers
 from distill.student.checks import check_options
 from distill.student.corpus import in_windows, unlabeled_text, with_soft_labels
+from distill.student.heads import keep_heads
 from distill.student.losses import distillation_loss, hard_label_loss
 from distill.student.neighbours import similar_words
 from distill.student.neurons import keep_neurons
@@ -61,6 +62,7 @@ class StudentOptions(TrainingOptions):
     student: str | None = None
     layers: int | None = None
     intermediate_size: int | None = None
+    attention_heads: int | None = None
     speedup: float | None = None
     latency_budget: float | None = None
     vocabulary: int | None = None
@@ -75,7 +77,7 @@ class StudentOptions(TrainingOptions):
 
 
 def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Dataset) -> tuple[Any, Any]:
-    """Load the student's checkpoint, with fewer layers and neurons if asked, and its tokenizer."""
+    """Load the student's checkpoint, with fewer layers, neurons and heads if asked, and its tokenizer."""
     checkpoint = options.student or str(teacher.options["model"])
     length = min(options.max_length, teacher.max_length)
     tokenizer = load_tokenizer(checkpoint, length, "--student", teacher.long_texts)
@@ -84,7 +86,8 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
         checkpoint, teacher.labels, "--student", options.dropout, problem_type=teacher.problem_type
     )
     total = depth(model)
-    texts = texts_of(corpus) if options.intermediate_size is not None else []
+    narrow = options.intermediate_size is not None or options.attention_heads is not None
+    texts = texts_of(corpus) if narrow else []
 
     def build(layers: int | None, texts: list[Any] = texts) -> Any:
         if layers == 0 and not is_layerless(model):
@@ -92,6 +95,8 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
         built = keep_layers(model, layers) if layers else model
         if options.intermediate_size is not None:
             built = keep_neurons(built, options.intermediate_size, texts, tokenizer)
+        if options.attention_heads is not None:
+            built = keep_heads(built, options.attention_heads, texts, tokenizer)
         return built
 
     layers, pairs = options.layers, bool(data.columns.text_pair)
@@ -105,8 +110,8 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
             layers = once(
                 partial(
                     choose_layers,
-                    partial(build, texts=texts[:1]),  # which neurons stay does not matter to speed
-                    range(1 if total and (pairs or options.intermediate_size) else 0, total + 1),
+                    partial(build, texts=texts[:1]),  # which neurons and heads stay does not matter to speed
+                    range(1 if total and (pairs or narrow) else 0, total + 1),
                     tokenizer,
                     teacher.labels,
                     timed,
