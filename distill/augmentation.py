@@ -44,11 +44,13 @@ class Corpus:
         before: words seen before another.
         similar: words like a word, by that word.
         share: of each word among all.
+        used: how often a similar word was put in place of another.
     """
 
     texts: list[Words]
     similar: Mapping[str, Sequence[str]] = field(default_factory=dict)
     share: dict[str, float] = field(default_factory=dict)
+    used: Counter[str] = field(default_factory=Counter)
     between: dict[tuple[str, str], Words] = field(default_factory=lambda: defaultdict(list))
     after: dict[str, Words] = field(default_factory=lambda: defaultdict(list))
     before: dict[str, Words] = field(default_factory=lambda: defaultdict(list))
@@ -109,7 +111,9 @@ def replace_words(words: Words, corpus: Corpus, generator: random.Random) -> Wor
     """Put a word that is like it in place of two words in five: algorithm 1 of TinyBERT.
 
     Frequent words are replaced less often, by the square root of section 2.3 of Mikolov et al. (2013), arXiv
-    1310.4546. Of all augmentations this one alone brings in words that the corpus does not have.
+    1310.4546. Of all augmentations this one alone brings in words that the corpus does not have: each time
+    the one that was least used so far, of several the one most alike, since a student is furthest from its
+    teacher where text has a word that it never met.
     """
     changed = list(words)
     for position, word in enumerate(words):
@@ -120,7 +124,9 @@ def replace_words(words: Words, corpus: Corpus, generator: random.Random) -> Wor
         options = [option for option in options if corpus.share.get(_bare(option), 0) < GRAMMAR]
         if options:
             blanks = word[: len(word) - len(word.lstrip())]
-            changed[position] = blanks + generator.choice(options)
+            other = min(options, key=corpus.used.__getitem__)
+            corpus.used[other] += 1
+            changed[position] = blanks + other
     return changed
 
 

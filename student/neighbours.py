@@ -1,12 +1,13 @@
-"""Words that a pre-trained encoder holds to be alike: nearest neighbours in its table of word embeddings."""
+"""Words that a pre-trained encoder holds to be alike, by its table of word embeddings."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import regex
 import torch
 
-NEIGHBOURS = 15
+NEIGHBOURS = 5
 LETTERS = regex.compile(r"[\p{L}\p{M}]+")
 BLOCK = 256  # words compared with all others at once
 
@@ -14,20 +15,22 @@ BLOCK = 256  # words compared with all others at once
 def similar_words(
     words: Iterable[str], model: Any, tokenizer: Any, count: int = NEIGHBOURS
 ) -> dict[str, tuple[str, ...]]:
-    """Nearest neighbours, by cosine, of every word that is one token, among the words that are one token.
+    """For every word, those of the vocabulary that it is most like: which of all `words` are nearest to them.
 
-    Jiao et al. (2020), arXiv 1909.10351, take GloVe's for such words; a checkpoint's own table serves as
-    well and needs no download. Neighbours need not mean the same ("good" has "bad"): the teacher labels what
-    they make.
+    So each word that the tokenizer knows stands with `count` words of a corpus, by cosine, whether the corpus
+    has it or not, and what puts it in their place comes to all of them. Jiao et al. (2020), arXiv 1909.10351,
+    take the nearest of GloVe's for a word, and so the same few again and again; a checkpoint's own table
+    serves as well and needs no download. They need not mean the same ("good" has "bad"): the teacher labels
+    what they make.
 
     Args:
-        words: of any number; each is looked up once.
+        words: of a corpus, of any number; each is looked up once.
         model: whose input embeddings to compare, centred first.
         tokenizer: its fast tokenizer.
-        count: neighbours of each, the nearest first.
+        count: words of the corpus that a word of the vocabulary stands with.
 
     Returns:
-        Word -> its neighbours; a word of several tokens is left out.
+        Word -> words that are one token each, the nearest first; a word of several tokens is left out.
     """
     spelling = {index: tokenizer.decode([index]).strip() for index in range(len(tokenizer))}
     pieces = _tokens(tokenizer, [text for text in spelling.values() if LETTERS.fullmatch(text)])
@@ -36,19 +39,21 @@ def similar_words(
     found = {word: place[index] for word, index in _tokens(tokenizer, words).items() if index in place}
     if not found:
         return {}
+    names = [spelling[index] for index in whole]
     table = model.get_input_embeddings().weight.detach().float().cpu()[whole]
     table = torch.nn.functional.normalize(table - table.mean(dim=0), dim=-1)
-    rows, size = sorted(set(found.values())), min(count + 4, len(whole))
-    nearest: dict[int, tuple[str, ...]] = {}
-    for start in range(0, len(rows), BLOCK):
-        block = rows[start : start + BLOCK]
-        likeness = table[block] @ table.T
-        # A few more than wanted: the word itself is among them, perhaps in several spellings.
-        for row, others in zip(block, likeness.topk(size).indices.tolist(), strict=True):
-            own = spelling[whole[row]].casefold()
-            names = [spelling[whole[other]] for other in others]
-            nearest[row] = tuple(name for name in names if name.casefold() != own)[:count]
-    return {word: nearest[row] for word, row in found.items()}
+    rows = sorted(set(found.values()))
+    # A few more than wanted: the word itself is among them, perhaps in several spellings.
+    size = min(count + 4, len(rows))
+    alike: dict[int, list[tuple[float, str]]] = defaultdict(list)
+    for start in range(0, len(names), BLOCK):
+        likeness, nearest = (table[start : start + BLOCK] @ table[rows].T).topk(size)
+        for name, *both in zip(names[start:], likeness.tolist(), nearest.tolist(), strict=False):
+            others = [(near, rows[row]) for near, row in zip(*both, strict=True)]
+            others = [one for one in others if names[one[1]].casefold() != name.casefold()]
+            for near, row in others[:count]:
+                alike[row].append((-near, name))
+    return {word: tuple(name for _, name in sorted(alike[row])) for word, row in found.items()}
 
 
 def _tokens(tokenizer: Any, words: Iterable[str]) -> dict[str, int]:

@@ -81,10 +81,23 @@ def test_a_word_is_replaced_by_one_that_is_like_it():
         [segments(f"word{number} is rare") for number in range(500)], {"good": ["fine", "bad", "is"]}
     )
     made = {"".join(replace_words(words, corpus, random.Random(seed))) for seed in range(200)}
-    # "is" is grammar in this corpus.
-    assert made == {
-        f"a {one} film, a {two} plot" for one in ("good", "fine", "bad") for two in ("good", "fine", "bad")
-    }
+    # "is" is grammar in this corpus; a word that was used waits until the others were.
+    two = [
+        ("good", "good"),
+        ("fine", "good"),
+        ("good", "fine"),
+        ("bad", "good"),
+        ("good", "bad"),
+        ("fine", "bad"),
+        ("bad", "fine"),
+    ]
+    assert made == {f"a {one} film, a {other} plot" for one, other in two}
+
+
+def test_similar_words_take_turns_the_most_alike_first():
+    corpus = Corpus([segments(f"word{number}") for number in range(2000)], {"odd": ["even", "strange"]})
+    made = [replace_words(["odd"], corpus, random.Random(seed)) for seed in range(20)]
+    assert [words for words in made if words != ["odd"]][:3] == [["even"], ["strange"], ["even"]]
 
 
 def test_frequent_words_are_replaced_less_often():
