@@ -40,7 +40,7 @@ def keep_neurons(model: Any, keep: int, texts: Sequence[Any], tokenizer: Any) ->
             f"--intermediate-size {keep}: the student's checkpoint has no layers; leave it out"
         )
     config = copy.deepcopy(model.config)
-    width, total = _width(config)
+    width, total = width_of(config)
     alike = total == getattr(config, "hidden_size", None)
     unknown = DistillError(
         f"--intermediate-size {keep}: cannot tell the feed-forward networks of a {config.model_type} "
@@ -73,7 +73,7 @@ def keep_neurons(model: Any, keep: int, texts: Sequence[Any], tokenizer: Any) ->
     return with_weights(config, weights, unknown)
 
 
-def _width(config: Any) -> tuple[str, int]:
+def width_of(config: Any) -> tuple[str, int]:
     """What a configuration calls the number of neurons, and how many there are; 0 where it does not say."""
     found = [(name, getattr(config, name, None)) for name in WIDTHS]
     return next(((name, count) for name, count in found if isinstance(count, int)), ("", 0))

@@ -1,26 +1,50 @@
-"""How many layers a student may have, by the speed that is asked for, measured on this machine."""
+"""How large a student may be, by the speed that is asked for, measured on this machine."""
 
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from distill.student.heads import PROJECTIONS
+from distill.student.neurons import width_of
 from transformers import pipeline
 
 import distill
 from distill.artifact import read_manifest
 from distill.errors import DistillError
+from distill.idle_layers import depth
 from distill.latency import cpu_name, measure
 from distill.long_texts import HEAD
 from distill.models import load_model, load_tokenizer, open_pytorch
 
 logger = logging.getLogger(__name__)
 TEXTS = 30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a student keeps of its checkpoint; None is all.
+
+    Attributes:
+        layers: evenly spaced.
+        neurons: of each feed-forward network.
+        heads: of each attention.
+    """
+
+    layers: int | None = None
+    neurons: int | None = None
+    heads: int | None = None
+
+    def of(self, total: int) -> str:
+        """Say it in words."""
+        kept = {"neurons": self.neurons, "heads": self.heads}
+        parts = [f"{count} {name}" for name, count in kept.items() if count]
+        return f"{self.layers} of {total} layers" + (f" with {' and '.join(parts)}" if parts else "")
 
 
 @dataclass(frozen=True)
@@ -45,20 +69,55 @@ class Goal:
         return self.milliseconds is not None and student <= self.milliseconds
 
 
-def choose_layers(
-    build: Callable[[int], Any],
-    depths: range,
+def shapes(model: Any, asked: Shape, build: Callable[[Shape], Any], layerless: bool = True) -> list[Shape]:
+    """Shapes that a student of `model` may have, the fastest first.
+
+    Narrow layers have an eighth of the neurons and half of the heads, and multiply a quarter as often as
+    whole ones. Two of them are far nearer to a teacher than one that is whole, and three nearer than two
+    (benchmarks/README.md), so whole ones follow where all narrow ones are fast enough.
+
+    Args:
+        model: the checkpoint's sequence classifier.
+        asked: neurons and heads that are asked for: then all shapes have these.
+        build: makes a student of a shape, or raises DistillError where `model` has no such part.
+        layerless: whether one may be without layers.
+    """
+    total = depth(model)
+    if asked.neurons or asked.heads:
+        return [replace(asked, layers=layers) for layers in range(1, total + 1)]
+    whole = [Shape(layers) for layers in range(0 if layerless else min(1, total), total + 1)]
+    narrow = _narrow(model.config)
+    try:
+        build(replace(narrow, layers=1))
+    except DistillError:
+        return whole
+    few = [shape for shape in whole if shape.layers <= 1]  # type: ignore[operator]
+    # Of a first token alone the last layer computes next to nothing, so all narrow ones take as long as
+    # 1 + (total - 1) / 4 whole ones.
+    many = [Shape(layers) for layers in range((total + 3) // 4 + 1, total + 1)]
+    return [*few, *(replace(narrow, layers=layers) for layers in range(2, total + 1)), *many]
+
+
+def _narrow(config: Any) -> Shape:
+    """An eighth of the neurons, and half of the heads where export can leave heads out."""
+    heads = config.num_attention_heads if config.model_type in PROJECTIONS else 0
+    return Shape(neurons=max(1, width_of(config)[1] // 8), heads=heads // 2 or None)
+
+
+def choose_shape(
+    build: Callable[[Shape], Any],
+    candidates: Sequence[Shape],
     tokenizer: Any,
     labels: list[str],
     texts: Sequence[Any],
     goal: Goal,
     teacher: Path,
-) -> int:
-    """Find the most layers with which a student, not trained yet but exported to INT8, meets a goal.
+) -> Shape:
+    """Find the largest student that, not trained yet but exported to INT8, meets a goal.
 
     Args:
-        build: makes the student with so many layers.
-        depths: how many layers it may have.
+        build: makes a student of a shape.
+        candidates: shapes that it may have, the fastest first.
         tokenizer: its tokenizer.
         labels: label names.
         texts: to time, of validation; some of them are taken.
@@ -66,44 +125,48 @@ def choose_layers(
         teacher: folder of `distill train-teacher`, timed in the same turns.
 
     Raises:
-        DistillError: if the fewest layers are not fast enough; it says how fast they are.
+        DistillError: if the first is not fast enough; it says how fast it is.
     """
     sample = texts[:: max(1, len(texts) // TEXTS)][:TEXTS]
+    total = candidates[-1].layers or 0
     with _one_thread():
         slow = {"teacher": _pipeline(teacher, labels)} if goal.speedup else {}
 
-        def time_of(layers: int) -> tuple[float | None, float]:
+        def time_of(shape: Shape) -> tuple[float | None, float]:
             with TemporaryDirectory() as folder:
                 candidate = distill.open_candidate(
-                    build(layers), tokenizer, labels, Path(folder), isinstance(texts[0], tuple)
+                    build(shape), tokenizer, labels, Path(folder), isinstance(texts[0], tuple)
                 )
                 found = measure({**slow, "student": lambda text: candidate([text])}, sample)
-            logger.info("  %d of %d layers: %s", layers, depths[-1], _tell(found))
+            logger.info("  %s: %s", shape.of(total), _tell(found))
             return found.get("teacher"), found["student"]
 
-        logger.info("%s: the most layers that are fast enough, in INT8 on one thread of %s", goal, cpu_name())
-        chosen = _most(depths, time_of, goal)
-        logger.info("%s: %d of %d layers", goal, chosen, depths[-1])
+        logger.info("%s: the largest that is fast enough, in INT8 on one thread of %s", goal, cpu_name())
+        chosen = _largest(candidates, time_of, goal)
+        logger.info("%s: %s", goal, chosen.of(total))
         return chosen
 
 
-def _most(depths: range, time_of: Callable[[int], tuple[float | None, float]], goal: Goal) -> int:
-    """Bisect: fewer layers are faster."""
-    low, high = depths[0] - 1, depths[-1]
+def _largest(
+    candidates: Sequence[Shape], time_of: Callable[[Shape], tuple[float | None, float]], goal: Goal
+) -> Shape:
+    """Bisect: the first are faster."""
+    low, high = -1, len(candidates) - 1
     while low < high:
-        layers = (low + high + 1) // 2
-        found = time_of(layers)
+        middle = (low + high + 1) // 2
+        found = time_of(candidates[middle])
         if goal.is_met(*found):
-            low = layers
+            low = middle
         else:
-            high = layers - 1
-    if low < depths[0]:
-        narrower = ", or give a smaller --intermediate-size" if depths[0] else ""
+            high = middle - 1
+    if low < 0:
+        layers = candidates[0].layers or 0
+        narrower = ", or give a smaller --intermediate-size" if layers else ""
         raise DistillError(
-            f"{goal}: {_reached(depths[0], *found)} on this machine{narrower}, or start from a narrower "
+            f"{goal}: {_reached(layers, *found)} on this machine{narrower}, or start from a narrower "
             "checkpoint with --student"
         )
-    return low
+    return candidates[low]
 
 
 def _reached(layers: int, teacher: float | None, student: float) -> str:

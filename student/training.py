@@ -4,7 +4,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from distill.student.heads import keep_heads
 from distill.student.losses import distillation_loss, hard_label_loss
 from distill.student.neighbours import similar_words
 from distill.student.neurons import keep_neurons
-from distill.student.shape import Goal, choose_layers
+from distill.student.shape import Goal, Shape, choose_shape, shapes
 from distill.student.soft_labels import teacher_logits
 from distill.student.vocabulary import share_rows, shared_rows
 from numpy.typing import NDArray
@@ -76,8 +76,8 @@ class StudentOptions(TrainingOptions):
     workers: int | None = None
 
 
-def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Dataset) -> tuple[Any, Any]:
-    """Load the student's checkpoint, with fewer layers, neurons and heads if asked, and its tokenizer."""
+def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Dataset) -> tuple[Any, Any, Shape]:
+    """Load the student's checkpoint, of which it may keep a part, and its tokenizer; tell what it keeps."""
     checkpoint = options.student or str(teacher.options["model"])
     length = min(options.max_length, teacher.max_length)
     tokenizer = load_tokenizer(checkpoint, length, "--student", teacher.long_texts)
@@ -85,47 +85,42 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
     model = load_model(
         checkpoint, teacher.labels, "--student", options.dropout, problem_type=teacher.problem_type
     )
-    total = depth(model)
-    narrow = options.intermediate_size is not None or options.attention_heads is not None
-    texts = texts_of(corpus) if narrow else []
 
-    def build(layers: int | None, texts: list[Any] = texts) -> Any:
-        if layers == 0 and not is_layerless(model):
+    pairs, total = bool(data.columns.text_pair), depth(model)
+
+    def build(shape: Shape, corpus: Dataset = corpus) -> Any:
+        if shape.layers == 0 and not is_layerless(model):
             return average_tokens(model, tokenizer, options.dropout or 0.0)
-        built = keep_layers(model, layers) if layers else model
-        if options.intermediate_size is not None:
-            built = keep_neurons(built, options.intermediate_size, texts, tokenizer)
-        if options.attention_heads is not None:
-            built = keep_heads(built, options.attention_heads, texts, tokenizer)
+        built = keep_layers(model, shape.layers) if shape.layers not in (None, total) else model
+        if shape.neurons is not None:
+            built = keep_neurons(built, shape.neurons, texts_of(corpus), tokenizer)
+        if shape.heads is not None:
+            built = keep_heads(built, shape.heads, texts_of(corpus), tokenizer)
         return built
 
-    layers, pairs = options.layers, bool(data.columns.text_pair)
-    refuse_pairs(layers == 0 or is_layerless(model), pairs)
+    shape = Shape(options.layers, options.intermediate_size, options.attention_heads)
+    refuse_pairs(shape.layers == 0 or is_layerless(model), pairs)
     if options.speedup or options.latency_budget:
-        goal = Goal(options.speedup, options.latency_budget)
-        timed = texts_of(data.splits["validation"])
         # A resumed run goes on with what was measured first.
-        layers = recorded_recipe(options).get("layers_kept")
-        if layers is None:
-            layers = once(
-                partial(
-                    choose_layers,
-                    partial(build, texts=texts[:1]),  # which neurons and heads stay does not matter to speed
-                    range(1 if total and (pairs or narrow) else 0, total + 1),
-                    tokenizer,
-                    teacher.labels,
-                    timed,
-                    goal,
-                    options.teacher,
-                )
+        recorded = recorded_recipe(options).get("shape")
+        if recorded:
+            shape = Shape(**recorded)
+        else:
+            # Which neurons and heads stay does not matter to speed.
+            quickly = partial(build, corpus=corpus.select(range(1)))
+            candidates = shapes(model, shape, quickly, layerless=not pairs)
+            timed, goal = texts_of(data.splits["validation"]), Goal(options.speedup, options.latency_budget)
+            choose = partial(
+                choose_shape, quickly, candidates, tokenizer, teacher.labels, timed, goal, options.teacher
             )
-    elif layers is None and options.student is None and total:
-        layers = max(1, total // 2)
-    built = cut_positions(build(layers), tokenizer.model_max_length)
+            shape = once(choose)
+    elif shape.layers is None:
+        shape = replace(shape, layers=max(1, total // 2) if options.student is None and total else total)
+    built = cut_positions(build(shape), tokenizer.model_max_length)
     if is_layerless(built):  # it does not read which text of a pair a token is of
         names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    return built, tokenizer
+    return built, tokenizer, shape
 
 
 def _similar_words(folder: Path, teacher: Manifest, corpus: Dataset) -> dict[str, tuple[str, ...]]:
@@ -163,6 +158,7 @@ class _Fitted:
     tokenizer: Any
     trained: Trained
     shared: torch.Tensor | None
+    shape: Shape
     made: dict[str, int]
     parent: str
     teacher_temperature: float
@@ -181,11 +177,11 @@ def _fit(options: StudentOptions) -> _Fitted:
     unlabeled = [unlabeled_text(options.unlabeled, columns, held_out)] if options.unlabeled else []
     corpus = concatenate_datasets([data.splits["train"].remove_columns("label"), *unlabeled])
     budget = budget_of(options.augment, len(data.splits["train"])) if options.augment else 0
-    model, tokenizer = _build(options, teacher, data, corpus)
+    model, tokenizer, shape = _build(options, teacher, data, corpus)
     parent = manifest_hash(options.teacher)
     recipe = {
         **options.recipe(),
-        "layers_kept": depth(model),
+        "shape": asdict(shape),
         "teacher_hash": parent,
         "data_fingerprint": data.fingerprint,
         "corpus_fingerprint": hashlib.sha256("".join(corpus["id"]).encode()).hexdigest(),
@@ -232,7 +228,7 @@ def _fit(options: StudentOptions) -> _Fitted:
     trained = fit(model, tokenizer, train, validation, options, loss, "Student", resume_from)
     if shared is not None:
         share_rows(trained.model, shared)
-    return _Fitted(data, tokenizer, trained, shared, extra, parent, temperature)
+    return _Fitted(data, tokenizer, trained, shared, shape, extra, parent, temperature)
 
 
 def _shared_rows(
@@ -294,6 +290,7 @@ def train_student(options: StudentOptions) -> Manifest:
         wall_seconds=round(time.monotonic() - started, 1),
         details={
             "layers": depth(trained.model),
+            **{name: kept for name, kept in asdict(fitted.shape).items() if name != "layers" and kept},
             "vocabulary": rows,
             "teacher_temperature": fitted.teacher_temperature,
             "steps": trained.steps(),

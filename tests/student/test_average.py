@@ -11,6 +11,7 @@ import transformers
 from conftest import make_configs, make_tokenizer
 from distill.export.bundle import ExportOptions
 from distill.student.architecture import average_tokens
+from distill.student.shape import Shape
 from distill.student.training import StudentOptions
 from distill.student.vocabulary import share_rows, shared_rows
 from safetensors.torch import load_file
@@ -181,12 +182,12 @@ def test_a_resumed_run_measures_no_speed_again(chain, tmp_path, monkeypatch):
     from distill.student import training
 
     options = _settings(chain, tmp_path / "s", latency_budget=1e6, max_steps=2)
-    monkeypatch.setattr(training, "choose_layers", lambda *rest: 0)
+    monkeypatch.setattr(training, "choose_shape", lambda *rest: Shape(0))
     monkeypatch.setattr(training, "publish", lambda *rest: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_student(options)
     monkeypatch.undo()
-    monkeypatch.setattr(training, "choose_layers", lambda *rest: 1 / 0)
+    monkeypatch.setattr(training, "choose_shape", lambda *rest: 1 / 0)
     assert train_student(replace(options, resume=True)).details["layers"] == 0
 
 

@@ -112,7 +112,9 @@ def test_export_leaves_them_out_with_the_same_logits(family, tmp_path):
     np.testing.assert_allclose(run_graph(short, ids, mask)[0], expected, atol=1e-4, rtol=1e-3)
     cuda = tmp_path / "cuda.onnx"
     shorten(fused, cuda, "cuda")
-    heads = [one.i for node in onnx.load(cuda).graph.node for one in node.attribute if one.name == "num_heads"]
+    heads = [
+        one.i for node in onnx.load(cuda).graph.node for one in node.attribute if one.name == "num_heads"
+    ]
     assert heads == [4, 4]
 
 

@@ -1,39 +1,89 @@
-"""The number of layers that a speed allows."""
+"""The shape that a speed allows."""
 
 import pytest
-from distill.student.shape import Goal, _most
+import torch
+import transformers
+from conftest import make_configs
+from distill.student.heads import keep_heads
+from distill.student.neurons import keep_neurons
+from distill.student.shape import Goal, Shape, _largest, shapes
 
 from distill import DistillError
 
+WHOLE = [Shape(layers) for layers in range(7)]
+SOME = WHOLE[1:]
+
 
 @pytest.mark.parametrize(("speedup", "layers"), [(40, 6), (41, 5), (80, 3), (121, 1)])
-def test_the_deepest_student_that_is_fast_enough_is_found(speedup, layers):
+def test_the_largest_student_that_is_fast_enough_is_found(speedup, layers):
     tried = []
 
-    def time_of(layers):
-        tried.append(layers)
-        return 60.0, 0.25 * layers
+    def time_of(shape):
+        tried.append(shape)
+        return 60.0, 0.25 * shape.layers
 
-    assert _most(range(1, 7), time_of, Goal(speedup=speedup)) == layers
+    assert _largest(SOME, time_of, Goal(speedup=speedup)) == Shape(layers)
     assert len(tried) <= 3
 
 
 def test_a_goal_out_of_reach_is_refused_with_what_is_in_reach():
     with pytest.raises(DistillError, match="--speedup 400: with one layer this student is 300 times as fast"):
-        _most(range(1, 7), lambda layers: (60.0, 0.2 * layers), Goal(speedup=400))
+        _largest(SOME, lambda shape: (60.0, 0.2 * shape.layers), Goal(speedup=400))
     with pytest.raises(
         DistillError, match="--latency-budget 0.1ms: with one layer a text takes 0.20 ms; allow 0.20ms"
     ):
-        _most(range(1, 7), lambda layers: (None, 0.2 * layers), Goal(milliseconds=0.1))
+        _largest(SOME, lambda shape: (None, 0.2 * shape.layers), Goal(milliseconds=0.1))
     with pytest.raises(
         DistillError, match="--latency-budget 0.01ms: without layers a text takes 0.05 ms; allow 0.05ms"
     ):
-        _most(range(7), lambda layers: (None, 0.05 + 0.2 * layers), Goal(milliseconds=0.01))
+        _largest(WHOLE, lambda shape: (None, 0.05 + 0.2 * shape.layers), Goal(milliseconds=0.01))
 
 
 def test_no_layers_are_the_last_resort():
-    assert _most(range(7), lambda layers: (60.0, 0.05 + 0.2 * layers), Goal(speedup=400)) == 0
-    assert _most(range(7), lambda layers: (60.0, 0.05 + 0.2 * layers), Goal(speedup=200)) == 1
+    assert _largest(WHOLE, lambda shape: (60.0, 0.05 + 0.2 * shape.layers), Goal(speedup=400)) == Shape(0)
+    assert _largest(WHOLE, lambda shape: (60.0, 0.05 + 0.2 * shape.layers), Goal(speedup=200)) == Shape(1)
+
+
+def _build(model):
+    """Makes a shape, but for its layers."""
+
+    def build(shape):
+        built = keep_neurons(model, shape.neurons, [], None) if shape.neurons else model
+        return keep_heads(built, shape.heads, [], None) if shape.heads else built
+
+    return build
+
+
+def _shapes(name, monkeypatch, **how):
+    model = transformers.AutoModelForSequenceClassification.from_config(make_configs(layers=6)[name])
+    for module in ("neurons", "heads"):
+        monkeypatch.setattr(
+            f"distill.student.{module}.activation_norms",
+            lambda model, modules, *_: [torch.ones(module.in_features) for module in modules],
+        )
+    asked = how.pop("asked", Shape())
+    return [(one.layers, one.neurons, one.heads) for one in shapes(model, asked, _build(model), **how)]
+
+
+def test_narrow_layers_come_between_one_and_many(monkeypatch):
+    narrow = [(layers, 6, 2) for layers in range(2, 7)]
+    whole = [(layers, None, None) for layers in range(7)]
+    assert _shapes("bert", monkeypatch) == [*whole[:2], *narrow, *whole[3:]]
+    assert _shapes("bert", monkeypatch, layerless=False) == [whole[1], *narrow, *whole[3:]]
+    # Export leaves no heads out where it cannot fuse attention.
+    assert _shapes("mpnet", monkeypatch)[2] == (2, 6, None)
+
+
+def test_what_is_asked_for_is_kept(monkeypatch):
+    assert _shapes("bert", monkeypatch, asked=Shape(heads=3)) == [(n, None, 3) for n in range(1, 7)]
+
+
+def test_a_checkpoint_that_cannot_be_narrowed_keeps_whole_layers():
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=32
+    )
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    assert shapes(model, Shape(), _build(model)) == WHOLE[:4]
 
 
 def _train(run, chain, tmp_path, *options):
@@ -77,15 +127,12 @@ def test_a_budget_is_a_time(run, chain, tmp_path, wrong):
 
 def test_a_pair_is_timed_as_one_text(checkpoint, tmp_path):
     from conftest import make_tokenizer
-    from distill.student.shape import choose_layers
+    from distill.student.shape import choose_shape
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_hidden_layers=1)
     pairs = [("a question", "an answer")]
     goal = Goal(milliseconds=1e6)
-    assert (
-        choose_layers(
-            lambda layers: model, range(1, 2), make_tokenizer(), ["no", "yes"], pairs, goal, tmp_path
-        )
-        == 1
-    )
+    assert choose_shape(
+        lambda shape: model, [Shape(1)], make_tokenizer(), ["no", "yes"], pairs, goal, tmp_path
+    ) == Shape(1)

@@ -214,7 +214,7 @@ def test_an_interrupted_student_goes_on_as_if_nothing_had_happened(chain, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             train_student(options("cut"))
     with monkeypatch.context() as patch:  # neither is the shape measured again
-        patch.setattr("distill.student.training.choose_layers", None)
+        patch.setattr("distill.student.training.choose_shape", None)
         resumed = train_student(options("cut", resume=True))
     assert resumed.metrics == whole.metrics
     assert resumed.details == whole.details
