@@ -46,6 +46,7 @@ FAST = ("--learning-rate", "3e-4", "--batch-size", "64")
 AUGMENT, EPOCHS = 40_000, 5
 RECIPE = ("--augment", str(AUGMENT), "--epochs", str(EPOCHS), *FAST)
 SEEDED, LAYERS = (0, 2), (1, 3, 6)  # layers of the students
+NARROW = ("--intermediate-size", "192", "--attention-heads", "6")  # of 1,536 and 12 of MiniLM-L6
 BESIDE = 2  # students that train at the same time
 LAST = f"_seed{SEEDS[-1]}"  # of a student whose shape has all seeds
 TIMED = 60
@@ -69,9 +70,9 @@ def _alone() -> tuple[str, ...]:
 
 
 def _students(
-    seeded: Sequence[int], depths: Mapping[int, int], vocabulary: int | None
+    seeded: Sequence[int], depths: Mapping[int, int], narrow: Sequence[int], vocabulary: int | None
 ) -> dict[str, tuple[str, ...]]:
-    """Folder of every student, and the options that make it."""
+    """Folder of every student, and the options that make it; of narrow ones there are all seeds."""
     found: dict[str, tuple[str, ...]] = {}
     for layers in seeded:
         for seed in SEEDS:
@@ -85,6 +86,10 @@ def _students(
             if vocabulary is not None:
                 rows = ("--vocabulary", str(vocabulary))
                 found[f"{layers}_layers_{vocabulary}_rows_seed{seed}"] = (*shape, *rows, *RECIPE)
+    for layers in narrow:
+        for seed in SEEDS:
+            shape = ("--layers", str(layers), *NARROW, "--seed", str(seed))
+            found[f"{layers}_layers_narrow_seed{seed}"] = (*shape, *RECIPE)
     return found
 
 
@@ -189,6 +194,7 @@ def evaluate(student: str, students: Sequence[str]) -> dict[str, Any]:
         "versions": manifest.versions,
         "recipe": " ".join(RECIPE),
         "recipe_alone": " ".join(_alone()),
+        "narrow": " ".join(NARROW),
         "rows": data.manifest()["rows"],
         "classes": classes,
         "results": rows,
@@ -241,6 +247,7 @@ def _over_seeds(
 @click.option(
     "--seeds", type=click.IntRange(1, len(SEEDS)), default=1, help="How many seeds the other depths have."
 )
+@click.option("--narrow", type=int, multiple=True, help="Depths of narrow students, with the teacher.")
 @click.option("--vocabulary", type=click.IntRange(1), help="Rows of the other depths' students, beside all.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("pareto"), help="Folder for the runs.")
 def main(
@@ -251,6 +258,7 @@ def main(
     seeded: tuple[int, ...],
     depths: tuple[int, ...],
     seeds: int,
+    narrow: tuple[int, ...],
     vocabulary: int | None,
     work: Path,
 ) -> None:
@@ -263,7 +271,7 @@ def main(
         folder = work / name
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
-        students = _students(seeded, dict.fromkeys(depths, seeds), vocabulary)
+        students = _students(seeded, dict.fromkeys(depths, seeds), narrow, vocabulary)
         train(data / name, teacher, student, students)
         result = evaluate(student, list(students))
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -20,10 +20,12 @@ def _label(name: str) -> str:
 
 
 def _shape(name: str) -> str:
-    """`1_layers_3000_rows` in words."""
-    layers, _, *rows = name.removesuffix("_alone").split("_")
+    """`1_layers_3000_rows` or `2_layers_narrow` in words."""
+    layers, _, *more = name.removesuffix("_alone").split("_")
     depth = {"0": "no layers", "1": "1 layer"}.get(layers, f"{layers} layers")
-    return f"{depth}, {int(rows[0]):,} rows" if rows else depth
+    if more == ["narrow"]:
+        return f"{layers} narrow layers"
+    return f"{depth}, {int(more[0]):,} rows" if more else depth
 
 
 def _merged(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -44,12 +46,13 @@ def _merged(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def table(name: str, result: dict[str, Any]) -> str:
     """Markdown of one set."""
+    narrow = f"; narrow ones with `{result['narrow']}`" if "narrow" in result else ""
     lines = [
         f"## {name}",
         "",
         f"{result['classes']} classes; {result['rows']['train']:,} texts for training, "
         f"{result['rows']['test']:,} for the test; {result['cpu']}. Students: `distill train-student "
-        f"{result['recipe']}`; without a teacher: `distill train-student {result['recipe_alone']}`.",
+        f"{result['recipe']}`{narrow}; without a teacher: `distill train-student {result['recipe_alone']}`.",
         "",
         "| version | macro-F1 | before INT8 | kept | ms | times as fast | MB |",
         "|---|---:|---:|---:|---:|---:|---:|",

@@ -132,11 +132,11 @@ def _with_features() -> Iterator[None]:
     student: dict[str, Any] = {}
 
     def built(*given: Any) -> Any:
-        model, tokenizer = build(*given)
+        model, *rest = build(*given)
         head = getattr(model.classifier, "out_proj", model.classifier)
         head.register_forward_pre_hook(lambda _, inputs: student.update(features=inputs[0]))
         student["width"] = head.in_features
-        return model, tokenizer
+        return model, *rest
 
     def labelled(teacher: Path, manifest: Any, texts: Any, *how: Any) -> NDArray[np.float32]:
         found = _features(teacher, manifest, texts)
@@ -175,12 +175,12 @@ def _with_relations() -> Iterator[None]:
         last.register_forward_hook(lambda _module, _inputs, found: of.update(values=found))
 
     def built(options: Any, manifest: Any, *rest: Any) -> Any:
-        model, tokenizer = build(options, manifest, *rest)
+        model, *others = build(options, manifest, *rest)
         values(student, model)
         model.register_forward_pre_hook(lambda _, __, inputs: student.update(inputs=inputs), with_kwargs=True)
         teacher["model"] = load_model(str(options.teacher), manifest.labels).eval()
         values(teacher, teacher["model"])
-        return model, tokenizer
+        return model, *others
 
     def both(logits: Tensor, *rest: Any) -> Tensor:
         loss = distillation_loss(logits, *rest)
