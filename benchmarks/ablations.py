@@ -5,7 +5,7 @@ scored on the validation split, which is where the recipe and every student's be
 macro-F1, negative log-likelihood of the labels, and KL divergence from what the recipe's students learn
 from. The latter two tell students apart where macro-F1 of a thousand texts cannot; what learns from others
 (two teachers) is not to be judged by the last. The variants are those of variants.py. A student that is
-there already is not trained again. Prints a table and keeps it in results/ablations/SET.json.
+there already is not trained again. Prints a table and keeps it in results/ablations/SET_N_layers.json.
 
 Usage: python benchmarks/ablations.py DATA --teacher all-mpnet-base-v2 --student all-MiniLM-L6-v2
 
@@ -148,7 +148,7 @@ def table(scores: dict[str, list[tuple[float, ...]]]) -> dict[str, Any]:
 @click.option("--teacher", default="sentence-transformers/all-mpnet-base-v2", help="Checkpoint.")
 @click.option("--student", default="sentence-transformers/all-MiniLM-L6-v2", help="Checkpoint.")
 @click.option("--set", "names", multiple=True, default=SETS, help="Sets to run.")
-@click.option("--layers", type=click.IntRange(1), default=1, help="Of the students.")
+@click.option("--layers", type=click.IntRange(1), default=2, help="Of the students.")
 @click.option("--only", multiple=True, help="Variants to run, besides the recipe itself; all when left out.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("pareto"), help="Folder for the runs.")
 def main(
@@ -169,12 +169,11 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
         rows = table(run(data / name, teacher, student, layers, only))
-        record = RESULTS / f"{name}.json"
+        record = RESULTS / f"{name}_{layers}_layers.json"
         result = {
             "cpu": cpu_name(),
             "teacher": Path(teacher).name,
             "student": Path(student).name,
-            "layers": layers,
             "seeds": list(SEEDS),
             "augment": f"{BUDGET}x",
             "epochs": EPOCHS,

@@ -88,8 +88,8 @@ def _students(
                 found[f"{layers}_layers_{vocabulary}_rows_seed{seed}"] = (*shape, *rows, *RECIPE)
     for layers in narrow:
         for seed in SEEDS:
-            shape = ("--layers", str(layers), *NARROW, "--seed", str(seed))
-            found[f"{layers}_layers_narrow_seed{seed}"] = (*shape, *RECIPE)
+            options = ("--layers", str(layers), *NARROW, "--seed", str(seed), *RECIPE)
+            found[f"{layers}_layers_narrow_seed{seed}"] = options
     return found
 
 
@@ -194,7 +194,7 @@ def evaluate(student: str, students: Sequence[str]) -> dict[str, Any]:
         "versions": manifest.versions,
         "recipe": " ".join(RECIPE),
         "recipe_alone": " ".join(_alone()),
-        "narrow": " ".join(NARROW),
+        **({"narrow": " ".join(NARROW)} if any("_narrow" in name for name in students) else {}),
         "rows": data.manifest()["rows"],
         "classes": classes,
         "results": rows,
@@ -247,7 +247,9 @@ def _over_seeds(
 @click.option(
     "--seeds", type=click.IntRange(1, len(SEEDS)), default=1, help="How many seeds the other depths have."
 )
-@click.option("--narrow", type=int, multiple=True, help="Depths of narrow students, with the teacher.")
+@click.option(
+    "--narrow", type=click.IntRange(1), multiple=True, help="Depths of narrow students, with the teacher."
+)
 @click.option("--vocabulary", type=click.IntRange(1), help="Rows of the other depths' students, beside all.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("pareto"), help="Folder for the runs.")
 def main(

@@ -24,7 +24,7 @@ def _shape(name: str) -> str:
     layers, _, *more = name.removesuffix("_alone").split("_")
     depth = {"0": "no layers", "1": "1 layer"}.get(layers, f"{layers} layers")
     if more == ["narrow"]:
-        return f"{layers} narrow layers"
+        return depth.replace(" layer", " narrow layer")
     return f"{depth}, {int(more[0]):,} rows" if more else depth
 
 
