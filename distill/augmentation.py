@@ -42,7 +42,7 @@ class Corpus:
         between: words seen between two others.
         after: words seen after another; the edge of a text is an empty word.
         before: words seen before another.
-        similar: words like a word, by that word.
+        similar: words like a word, by that word; those that hold sentences together are left out.
         share: of each word among all.
         used: how often a similar word was put in place of another.
     """
@@ -65,6 +65,10 @@ class Corpus:
         counts = Counter(_bare(word) for words in self.texts for word in words)
         total = counts.total()
         self.share = {word: count / total for word, count in counts.items()}
+        self.similar = {
+            word: [other for other in others if self.share.get(_bare(other), 0) < GRAMMAR]
+            for word, others in self.similar.items()
+        }
 
 
 def _bare(word: str) -> str:
@@ -120,8 +124,7 @@ def replace_words(words: Words, corpus: Corpus, generator: random.Random) -> Wor
         chance = REPLACE * min(1.0, (RARE / corpus.share.get(_bare(word), RARE)) ** 0.5)
         if generator.random() >= chance:
             continue
-        options = corpus.similar.get(word.strip(), ())
-        options = [option for option in options if corpus.share.get(_bare(option), 0) < GRAMMAR]
+        options = corpus.similar.get(word.strip())
         if options:
             blanks = word[: len(word) - len(word.lstrip())]
             other = min(options, key=corpus.used.__getitem__)

@@ -32,23 +32,24 @@ def drop_idle_heads(model: onnx.ModelProto) -> bool:
         if not 0 < len(kept) < heads:
             continue
         size = by_head.shape[-1]
+        name = node.output[0]
         cut = {
-            node.input[1]: by_head[:, :, kept].reshape(len(weight), -1),
-            node.input[2]: bias_by_head[:, kept].reshape(-1),
-            readers[0].input[1]: outgoing.reshape(heads, size, -1)[kept].reshape(len(kept) * size, -1),
+            f"{name}_weight": by_head[:, :, kept].reshape(len(weight), -1),
+            f"{name}_bias": bias_by_head[:, kept].reshape(-1),
+            f"{name}_outgoing": outgoing.reshape(heads, size, -1)[kept].reshape(len(kept) * size, -1),
         }
         given = next(one for one in node.attribute if one.name == "num_heads")
         given.i = len(kept)
-        node.input[1], node.input[2] = (f"{name}_kept" for name in node.input[1:3])
-        readers[0].input[1] = f"{readers[0].input[1]}_kept"
-        constants |= {f"{name}_kept": np.ascontiguousarray(value) for name, value in cut.items()}
+        node.input[1], node.input[2], readers[0].input[1] = cut
+        constants |= {one: np.ascontiguousarray(value) for one, value in cut.items()}
     if constants:
+        del model.graph.value_info[:]
         replace_nodes(model.graph, model.graph.node, constants)
     return bool(constants)
 
 
 def _is_product(graph: Graph, node: onnx.NodeProto) -> bool:
-    """Whether it multiplies what it reads with a constant matrix that it alone reads."""
+    """Whether it multiplies what it reads with a constant matrix."""
     return (
         node.op_type == "MatMul" and node.input[1] in graph.values and graph.values[node.input[1]].ndim == 2
     )

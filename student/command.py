@@ -61,8 +61,9 @@ class Milliseconds(click.ParamType):
 @click.option(
     "--speedup",
     type=RATE,
-    help="Keep as many layers as are this many times as fast as the teacher: INT8 against its pipeline in "
-    "PyTorch, one text at a time on one thread, measured here before training.",
+    help="Keep as much of the checkpoint (layers, neurons, heads) as is this many times as fast as the "
+    "teacher: INT8 against its pipeline in PyTorch, one text at a time on one thread, measured here before "
+    "training.",
 )
 @click.option(
     "--latency-budget",

@@ -15,7 +15,7 @@ BERT = ("attention.self.value", "attention.output.dense")
 # Of a layer of each family whose attention export fuses, without which no head could be left out: what makes
 # the values of all heads, and what reads what the heads make of them.
 PROJECTIONS = {
-    **dict.fromkeys(("bert", "camembert", "electra", "ernie", "roberta", "xlm-roberta"), BERT),
+    **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), BERT),
     "distilbert": ("attention.v_lin", "attention.out_lin"),
 }
 

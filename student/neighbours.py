@@ -43,12 +43,14 @@ def similar_words(
     table = model.get_input_embeddings().weight.detach().float().cpu()[whole]
     table = torch.nn.functional.normalize(table - table.mean(dim=0), dim=-1)
     rows = sorted(set(found.values()))
+    corpus = table[rows].T
     # A few more than wanted: the word itself is among them, perhaps in several spellings.
     size = min(count + 4, len(rows))
     alike: dict[int, list[tuple[float, str]]] = defaultdict(list)
     for start in range(0, len(names), BLOCK):
-        likeness, nearest = (table[start : start + BLOCK] @ table[rows].T).topk(size)
-        for name, *both in zip(names[start:], likeness.tolist(), nearest.tolist(), strict=False):
+        block = slice(start, start + BLOCK)
+        likeness, nearest = (table[block] @ corpus).topk(size)
+        for name, *both in zip(names[block], likeness.tolist(), nearest.tolist(), strict=True):
             others = [(near, rows[row]) for near, row in zip(*both, strict=True)]
             others = [one for one in others if names[one[1]].casefold() != name.casefold()]
             for near, row in others[:count]:

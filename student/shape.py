@@ -40,8 +40,8 @@ class Shape:
     neurons: int | None = None
     heads: int | None = None
 
-    def of(self, total: int) -> str:
-        """Say it in words."""
+    def in_words(self, total: int) -> str:
+        """Say it, of a checkpoint with `total` layers."""
         kept = {"neurons": self.neurons, "heads": self.heads}
         parts = [f"{count} {name}" for name, count in kept.items() if count]
         return f"{self.layers} of {total} layers" + (f" with {' and '.join(parts)}" if parts else "")
@@ -73,8 +73,10 @@ def shapes(model: Any, asked: Shape, build: Callable[[Shape], Any], layerless: b
     """Shapes that a student of `model` may have, the fastest first.
 
     Narrow layers have an eighth of the neurons and half of the heads, and multiply a quarter as often as
-    whole ones. Two of them are far nearer to a teacher than one that is whole, and three nearer than two
-    (benchmarks/README.md), so whole ones follow where all narrow ones are fast enough.
+    whole ones. Two of them are far nearer to a teacher than one that is whole (benchmarks/README.md), so
+    whole ones of which there are more follow where all narrow ones are fast enough. That order is BERT's,
+    whose last layer computes the first token alone: all narrow layers take as long as 1 + (total - 1) / 4
+    whole ones. A family of which export leaves no heads out has whole layers alone.
 
     Args:
         model: the checkpoint's sequence classifier.
@@ -84,24 +86,24 @@ def shapes(model: Any, asked: Shape, build: Callable[[Shape], Any], layerless: b
     """
     total = depth(model)
     if asked.neurons or asked.heads:
-        return [replace(asked, layers=layers) for layers in range(1, total + 1)]
-    whole = [Shape(layers) for layers in range(0 if layerless else min(1, total), total + 1)]
-    narrow = _narrow(model.config)
+        return [replace(asked, layers=layers) for layers in range(min(1, total), total + 1)]
+    first = 0 if layerless else min(1, total)
+    whole = [Shape(layers) for layers in range(first, total + 1)]
+    if total < 2 or model.config.model_type not in PROJECTIONS:
+        return whole
+    narrow = Shape(
+        neurons=max(1, width_of(model.config)[1] // 8), heads=max(1, model.config.num_attention_heads // 2)
+    )
     try:
         build(replace(narrow, layers=1))
     except DistillError:
         return whole
-    few = [shape for shape in whole if shape.layers <= 1]  # type: ignore[operator]
-    # Of a first token alone the last layer computes next to nothing, so all narrow ones take as long as
-    # 1 + (total - 1) / 4 whole ones.
-    many = [Shape(layers) for layers in range((total + 3) // 4 + 1, total + 1)]
-    return [*few, *(replace(narrow, layers=layers) for layers in range(2, total + 1)), *many]
-
-
-def _narrow(config: Any) -> Shape:
-    """An eighth of the neurons, and half of the heads where export can leave heads out."""
-    heads = config.num_attention_heads if config.model_type in PROJECTIONS else 0
-    return Shape(neurons=max(1, width_of(config)[1] // 8), heads=heads // 2 or None)
+    slower = (total + 3) // 4 + 1
+    return [
+        *whole[: 2 - first],
+        *(replace(narrow, layers=layers) for layers in range(2, total + 1)),
+        *whole[slower - first :],
+    ]
 
 
 def choose_shape(
@@ -138,12 +140,12 @@ def choose_shape(
                     build(shape), tokenizer, labels, Path(folder), isinstance(texts[0], tuple)
                 )
                 found = measure({**slow, "student": lambda text: candidate([text])}, sample)
-            logger.info("  %s: %s", shape.of(total), _tell(found))
+            logger.info("  %s: %s", shape.in_words(total), _tell(found))
             return found.get("teacher"), found["student"]
 
         logger.info("%s: the largest that is fast enough, in INT8 on one thread of %s", goal, cpu_name())
         chosen = _largest(candidates, time_of, goal)
-        logger.info("%s: %s", goal, chosen.of(total))
+        logger.info("%s: %s", goal, chosen.in_words(total))
         return chosen
 
 
@@ -161,7 +163,8 @@ def _largest(
             high = middle - 1
     if low < 0:
         layers = candidates[0].layers or 0
-        narrower = ", or give a smaller --intermediate-size" if layers else ""
+        can_narrow = any(shape.neurons or shape.heads for shape in candidates)
+        narrower = ", or give a smaller --intermediate-size or --attention-heads" if can_narrow else ""
         raise DistillError(
             f"{goal}: {_reached(layers, *found)} on this machine{narrower}, or start from a narrower "
             "checkpoint with --student"

@@ -92,10 +92,11 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
         if shape.layers == 0 and not is_layerless(model):
             return average_tokens(model, tokenizer, options.dropout or 0.0)
         built = keep_layers(model, shape.layers) if shape.layers not in (None, total) else model
+        texts = texts_of(corpus) if shape.neurons or shape.heads else []
         if shape.neurons is not None:
-            built = keep_neurons(built, shape.neurons, texts_of(corpus), tokenizer)
+            built = keep_neurons(built, shape.neurons, texts, tokenizer)
         if shape.heads is not None:
-            built = keep_heads(built, shape.heads, texts_of(corpus), tokenizer)
+            built = keep_heads(built, shape.heads, texts, tokenizer)
         return built
 
     shape = Shape(options.layers, options.intermediate_size, options.attention_heads)
@@ -114,8 +115,8 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
                 choose_shape, quickly, candidates, tokenizer, teacher.labels, timed, goal, options.teacher
             )
             shape = once(choose)
-    elif shape.layers is None:
-        shape = replace(shape, layers=max(1, total // 2) if options.student is None and total else total)
+    elif shape.layers is None and options.student is None and total:
+        shape = replace(shape, layers=max(1, total // 2))
     built = cut_positions(build(shape), tokenizer.model_max_length)
     if is_layerless(built):  # it does not read which text of a pair a token is of
         names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]

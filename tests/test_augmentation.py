@@ -100,6 +100,15 @@ def test_similar_words_take_turns_the_most_alike_first():
     assert [words for words in made if words != ["odd"]][:3] == [["even"], ["strange"], ["even"]]
 
 
+def test_a_similar_word_waits_for_those_that_were_used_less_whatever_for():
+    similar = {"odd": ["even"], "rare": ["even", "scarce"]}
+    corpus = Corpus([segments(f"word{number}") for number in range(2000)], similar)
+    seeds = [seed for seed in range(40) if replace_words(["odd"], corpus, random.Random(seed)) == ["even"]]
+    assert [replace_words(["rare"], corpus, random.Random(seed)) for seed in seeds] == [["scarce"]] * len(
+        seeds
+    )
+
+
 def test_frequent_words_are_replaced_less_often():
     rare = Corpus(
         [segments(f"word{number} is rare") for number in range(2000)], {"odd": ["even"], "rare": ["even"]}

@@ -49,6 +49,7 @@ def test_a_word_stands_with_those_of_the_corpus_that_it_is_most_like(tokenizer):
     assert found["good"][0] == "great" and found["awful"][0] == "bad"
     others = {"great", "bad", "plot", "actor"}
     assert others <= {*found["good"], *found["awful"]} and "good" not in found["good"]
+    assert "awful" in found["good"] and "good" in found["awful"]
     both = similar_words(["good", "awful"], model, tokenizer)
     assert others <= set(both["good"]) and others <= set(both["awful"])
 

@@ -1,5 +1,7 @@
 """The shape that a speed allows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -8,7 +10,8 @@ from distill.student.heads import keep_heads
 from distill.student.neurons import keep_neurons
 from distill.student.shape import Goal, Shape, _largest, shapes
 
-from distill import DistillError
+from distill import DistillError, train_student
+from distill.models import load_model
 
 WHOLE = [Shape(layers) for layers in range(7)]
 SOME = WHOLE[1:]
@@ -71,7 +74,7 @@ def test_narrow_layers_come_between_one_and_many(monkeypatch):
     assert _shapes("bert", monkeypatch) == [*whole[:2], *narrow, *whole[3:]]
     assert _shapes("bert", monkeypatch, layerless=False) == [whole[1], *narrow, *whole[3:]]
     # Export leaves no heads out where it cannot fuse attention.
-    assert _shapes("mpnet", monkeypatch)[2] == (2, 6, None)
+    assert _shapes("mpnet", monkeypatch) == whole
 
 
 def test_what_is_asked_for_is_kept(monkeypatch):
@@ -136,3 +139,51 @@ def test_a_pair_is_timed_as_one_text(checkpoint, tmp_path):
     assert choose_shape(
         lambda shape: model, [Shape(1)], make_tokenizer(), ["no", "yes"], pairs, goal, tmp_path
     ) == Shape(1)
+
+
+def test_a_narrow_shape_is_built_and_goes_on_as_such(chain, tmp_path, monkeypatch):
+    from distill.student import training
+
+    options = training.StudentOptions(
+        teacher=chain.teacher,
+        student=str(chain.checkpoint),
+        output=tmp_path / "s",
+        latency_budget=1e6,
+        max_steps=2,
+    )
+    monkeypatch.setattr(training, "choose_shape", lambda *rest: Shape(2, 16, 3))
+    monkeypatch.setattr(training, "publish", lambda *rest: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_student(options)
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "choose_shape", lambda *rest: 1 / 0)
+    manifest = train_student(replace(options, resume=True))
+    assert [manifest.details[name] for name in ("layers", "neurons", "heads")] == [2, 16, 3]
+    layers = load_model(str(tmp_path / "s"), manifest.labels).bert.encoder.layer
+    assert [layer.intermediate.dense.out_features for layer in layers] == [16, 16]
+    for layer in layers:
+        by_head = layer.attention.self.value.weight.detach().unflatten(0, (4, -1))
+        assert by_head.any(dim=(1, 2)).sum() == 3
+
+
+def test_a_student_without_layers_has_no_heads_to_keep(chain, run, tmp_path):
+    done = _train(run, chain, tmp_path, "--layers", 0, "--overwrite")
+    assert done.exit_code == 0, done.output
+    done = run(
+        "train-student", "--teacher", chain.teacher, "--student", tmp_path / "student", "--latency-budget", 9,
+        "--attention-heads", 5, "--output", tmp_path / "other",
+    )  # fmt: skip
+    assert done.exit_code == 1
+    assert "--attention-heads 5: the student's checkpoint has no layers; leave it out" in done.output
+
+
+def test_a_checkpoint_that_does_not_say_how_many_layers_it_has_is_kept_whole(chain, tmp_path, monkeypatch):
+    from distill.student import training
+
+    monkeypatch.setattr(training, "depth", lambda model: 0)
+    monkeypatch.setattr(training, "average_tokens", lambda *rest: 1 / 0)
+    options = training.StudentOptions(
+        teacher=chain.teacher, student=str(chain.checkpoint), output=tmp_path / "s", max_steps=1
+    )
+    train_student(options)
+    assert load_model(str(tmp_path / "s"), ["no", "yes"]).config.num_hidden_layers == 4
