@@ -258,7 +258,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
     "the teacher's relations too": ({}, _with_relations),
     "the first layers": ({}, _kept(lambda _, keep: range(keep))),
     "the last layers": ({}, _kept(lambda total, keep: range(total - keep, total))),
-    "two layers of 384 neurons": ({"layers": 2, "intermediate_size": 384}, nullcontext),
+    "two layers of 192 neurons and 6 heads": (
+        {"layers": 2, "intermediate_size": 192, "attention_heads": 6},
+        nullcontext,
+    ),
     "three layers of 384 neurons": ({"layers": 3, "intermediate_size": 384}, nullcontext),
     "no layers": ({"layers": 0}, nullcontext),
 }
