@@ -209,7 +209,7 @@ def test_a_speed_that_no_layer_has_takes_none(chain, tmp_path, monkeypatch):
     from distill.student import shape
 
     monkeypatch.setattr(shape, "measure", lambda subjects, sample: {"student": float(depths.pop(0))})
-    depths = [9, 0.1, 9]  # of 2, 0 and 1 layers
+    depths = [9, 9, 0.1]  # of 3 narrow ones, 1 and 0 layers
     options = StudentOptions(output=tmp_path / "s", teacher=chain.teacher, latency_budget=0.5, max_steps=1)
     assert train_student(options).details["layers"] == 0 and not depths
 
