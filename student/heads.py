@@ -35,13 +35,13 @@ def keep_heads(model: Any, keep: int, texts: Sequence[Any], tokenizer: Any) -> A
         tokenizer: its tokenizer, as `load_tokenizer` gives it.
 
     Raises:
-        DistillError: if it has fewer heads, or they cannot be told from the rest.
+        DistillError: if it has fewer heads, or is of another family than `PROJECTIONS`.
     """
     if is_layerless(model):
         raise DistillError(f"--attention-heads {keep}: the student's checkpoint has no layers; leave it out")
     config = copy.deepcopy(model.config)
     unknown = DistillError(
-        f"--attention-heads {keep}: cannot tell the heads of a {config.model_type} apart; leave it out"
+        f"--attention-heads {keep}: export leaves no heads out of a {config.model_type}; leave the option out"
     )
     values_of, reader_of = PROJECTIONS.get(config.model_type, ("", ""))
     if not values_of:
