@@ -34,6 +34,7 @@ from distill.training import fit, predict_logits
 
 BUDGET, EPOCHS = 2, 3  # texts made for each training text; passes over them all
 RELATION_HEADS = 12
+RANK = 128  # of factorised embeddings
 
 
 def logit_mse(student: Tensor, teacher: Tensor, labels: Tensor, _: float, alpha: float) -> Tensor:
@@ -121,6 +122,44 @@ def _features(teacher: Path, manifest: Any, texts: Any) -> NDArray[np.float32]:
     found = predict_logits(model, tokenizer, texts, "cpu", choose_precision("cpu"))
     np.save(file, found)
     return found
+
+
+@contextmanager
+def _built(change: Callable[[Any], Any]) -> Iterator[None]:
+    """Another student than `train-student` builds, made out of that one."""
+
+    def built(*given: Any) -> Any:
+        model, *rest = build(*given)
+        return change(model), *rest
+
+    build = training._build
+    with (
+        mock.patch.object(training, "_build", built),
+        mock.patch.object(fitting, "used_tokens_only", lambda *_, **__: nullcontext()),
+    ):
+        yield
+
+
+def _from_scratch(model: Any) -> Any:
+    """The same configuration with weights that are drawn."""
+    return type(model)(model.config)
+
+
+def _factorised(model: Any) -> Any:
+    """Word embeddings of `RANK` and a matrix to the width: Lan et al. (2020), arXiv 1909.11942.
+
+    They start as the table's truncated singular value decomposition, as in Acharya et al. (2019), arXiv
+    1811.00641.
+    """
+    old = model.get_input_embeddings()
+    left, sizes, right = torch.linalg.svd(old.weight.detach(), full_matrices=False)
+    rows = nn.Embedding(old.num_embeddings, RANK, padding_idx=old.padding_idx)
+    out = nn.Linear(RANK, old.embedding_dim, bias=False)
+    with torch.no_grad():
+        rows.weight.copy_(left[:, :RANK] * sizes[:RANK].sqrt())
+        out.weight.copy_((sizes[:RANK].sqrt()[:, None] * right[:RANK]).T)
+    model.set_input_embeddings(nn.Sequential(rows, out))
+    return model
 
 
 @contextmanager
@@ -262,6 +301,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
         {"layers": 2, "intermediate_size": 192, "attention_heads": 6},
         nullcontext,
     ),
+    "half of the heads": ({"attention_heads": 6}, nullcontext),
+    "weights that are drawn": ({}, partial(_built, _from_scratch)),
+    f"embeddings of rank {RANK}": ({}, partial(_built, _factorised)),
     "three layers of 384 neurons": ({"layers": 3, "intermediate_size": 384}, nullcontext),
     "no layers": ({"layers": 0}, nullcontext),
 }

@@ -18,13 +18,13 @@ SPECIAL = ("pad", "cls", "sep", "bos", "eos")  # tokens that a configuration nam
 
 
 def evenly_spaced(total: int, keep: int, period: int = 1) -> list[int]:
-    """Choose `keep` of `total` layers, evenly spaced, the first and the last among them.
+    """Choose `keep` of `total` layers, evenly spaced, the first and the last among them; the last if but one.
 
     Where a layer's kind depends on its number, as ModernBERT's global and local attention does, each layer
     keeps its number modulo `period`, and the last one may be up to `period` layers from the end.
     """
-    if keep == 1:
-        return [0]
+    if keep == 1:  # ModernBERT's first layer alone has no norm before its attention, and cannot be another
+        return [total - 1 if period == 1 else 0]
     even = np.round(np.linspace(0, total - 1, keep)).astype(int)
     return [new + period * ((int(old) - new) // period) for new, old in enumerate(even)]
 

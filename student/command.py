@@ -45,8 +45,8 @@ class Milliseconds(click.ParamType):
 @click.option(
     "--layers",
     type=click.IntRange(min=0),
-    help="Keep this many layers, evenly spaced; 0 for the mean of its token embeddings [half, without "
-    "--student].",
+    help="Keep this many layers, evenly spaced, or the last alone; 0 for the mean of its token embeddings "
+    "[half, without --student].",
 )
 @click.option(
     "--intermediate-size",

@@ -41,9 +41,10 @@ def test_kept_layers_and_everything_else_have_the_same_weights(family):
             torch.testing.assert_close(tensor, before[name])
 
 
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_student_loads_with_the_same_logits(family, tmp_path):
-    student = keep_layers(_model(family), 2).eval()
+def test_a_saved_student_loads_with_the_same_logits(family, layers, tmp_path):
+    student = keep_layers(_model(family), layers).eval()
     student.save_pretrained(tmp_path)
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -63,7 +64,8 @@ def test_keeping_every_layer_changes_nothing(family):
 def test_layers_are_evenly_spaced_from_the_first_to_the_last():
     assert evenly_spaced(6, 3) == [0, 2, 5]
     assert evenly_spaced(12, 4) == [0, 4, 7, 11]
-    assert evenly_spaced(12, 1) == [0]
+    assert evenly_spaced(12, 1) == [11]
+    assert evenly_spaced(12, 1, period=3) == [0]
 
 
 @pytest.mark.parametrize(("total", "keep"), [(22, 11), (22, 21), (22, 3), (28, 9), (6, 6), (7, 5)])
