@@ -27,7 +27,7 @@ import click
 import numpy as np
 import peers
 import torch
-from distill.student.command import train_student
+from distill.student import command
 from transformers import pipeline
 
 from distill import Classifier
@@ -95,17 +95,21 @@ def _students(
 
 def _has_recipe(name: str, options: tuple[str, ...]) -> bool:
     """Whether a student was trained with today's options."""
-    wanted = train_student.make_context("train-student", list(options)).params
+    wanted = command.train_student.make_context("train-student", list(options)).params
     before = read_manifest(Path("runs", name), "train-student").options
     # Where it lies and what it starts from are this run's own; the least steps follow from what was typed.
     own = {"output", "student", "min_steps"}
     return all(str(before[key]) == str(wanted[key]) for key in before.keys() - own)
 
 
-def train(data: Path, teacher: str, student: str, students: Mapping[str, tuple[str, ...]]) -> None:
-    """Train and export whatever is not there yet."""
+def train_teacher(data: Path, model: str) -> None:
+    """Train the teacher if it is not there yet; how long students train depends on its data."""
     if not Path("runs/teacher").is_dir():
-        _run("train-teacher", "--data", data, "--model", teacher, "--resume")
+        _run("train-teacher", "--data", data, "--model", model, "--resume")
+
+
+def train_students(student: str, students: Mapping[str, tuple[str, ...]]) -> None:
+    """Train and export whatever is not there yet."""
     for name, options in students.items():
         if Path("runs", name).is_dir() and not _has_recipe(name, options):
             for stale in (name, f"{name}_int8"):
@@ -273,8 +277,9 @@ def main(
         folder = work / name
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
+        train_teacher(data / name, teacher)
         students = _students(seeded, dict.fromkeys(depths, seeds), narrow, vocabulary)
-        train(data / name, teacher, student, students)
+        train_students(student, students)
         result = evaluate(student, list(students))
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         click.echo(json.dumps(result, indent=2))
