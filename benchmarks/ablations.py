@@ -80,8 +80,8 @@ def _options(student: str, layers: int, one: tuple[str, int]) -> StudentOptions:
     """Of one student: a variant and a seed."""
     name, seed = one
     common = StudentOptions(
-        student=student, layers=layers, augment=f"{BUDGET}x", epochs=EPOCHS, batch_size=64,
-        learning_rate=3e-4, patience=10**6, resume=True,
+        student=student if layers else None, layers=layers, augment=f"{BUDGET}x", epochs=EPOCHS,
+        batch_size=64, learning_rate=3e-4, patience=10**6, resume=True,
     )  # fmt: skip
     output = Path("ablations", f"{layers}_layers", f"{name.replace(' ', '_')}_{seed}")
     return replace(common, output=output, seed=seed, **VARIANTS[name][0])
@@ -148,7 +148,9 @@ def table(scores: dict[str, list[tuple[float, ...]]]) -> dict[str, Any]:
 @click.option("--teacher", default="sentence-transformers/all-mpnet-base-v2", help="Checkpoint.")
 @click.option("--student", default="sentence-transformers/all-MiniLM-L6-v2", help="Checkpoint.")
 @click.option("--set", "names", multiple=True, default=SETS, help="Sets to run.")
-@click.option("--layers", type=click.IntRange(1), default=2, help="Of the students.")
+@click.option(
+    "--layers", type=click.IntRange(0), default=2, help="Of the students; 0 starts from the teacher."
+)
 @click.option("--only", multiple=True, help="Variants to run, besides the recipe itself; all when left out.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("pareto"), help="Folder for the runs.")
 def main(

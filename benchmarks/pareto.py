@@ -70,26 +70,40 @@ def _alone() -> tuple[str, ...]:
 
 
 def _students(
-    seeded: Sequence[int], depths: Mapping[int, int], narrow: Sequence[int], vocabulary: int | None
+    checkpoints: tuple[str, str],
+    seeded: Sequence[int],
+    depths: Mapping[int, int],
+    narrow: Sequence[int],
+    vocabulary: int | None,
 ) -> dict[str, tuple[str, ...]]:
-    """Folder of every student, and the options that make it; of narrow ones there are all seeds."""
+    """Folder of every student, and the options that make it; of narrow ones there are all seeds.
+
+    Without layers it starts from the teacher, and one without a teacher from the checkpoint of the teacher.
+    """
     found: dict[str, tuple[str, ...]] = {}
+    teacher, student = checkpoints
+
+    def shape(layers: int, seed: int, alone: bool = False) -> tuple[str, ...]:
+        begun = () if not (layers or alone) else ("--student", student if layers else teacher)
+        return (*begun, "--layers", str(layers), "--seed", str(seed))
+
     for layers in seeded:
         for seed in SEEDS:
-            shape = ("--layers", str(layers), "--seed", str(seed))
-            found[f"{layers}_layers_seed{seed}"] = (*shape, *RECIPE)
-            found[f"{layers}_layers_alone_seed{seed}"] = (*shape, *_alone())
+            found[f"{layers}_layers_seed{seed}"] = (*shape(layers, seed), *RECIPE)
+            found[f"{layers}_layers_alone_seed{seed}"] = (*shape(layers, seed, alone=True), *_alone())
     for layers, seeds in depths.items():
         for seed in SEEDS[:seeds]:
-            shape = ("--layers", str(layers), "--seed", str(seed))
-            found[f"{layers}_layers_seed{seed}"] = (*shape, *RECIPE)
+            found[f"{layers}_layers_seed{seed}"] = (*shape(layers, seed), *RECIPE)
             if vocabulary is not None:
                 rows = ("--vocabulary", str(vocabulary))
-                found[f"{layers}_layers_{vocabulary}_rows_seed{seed}"] = (*shape, *rows, *RECIPE)
+                found[f"{layers}_layers_{vocabulary}_rows_seed{seed}"] = (
+                    *shape(layers, seed),
+                    *rows,
+                    *RECIPE,
+                )
     for layers in narrow:
         for seed in SEEDS:
-            options = ("--layers", str(layers), *NARROW, "--seed", str(seed), *RECIPE)
-            found[f"{layers}_layers_narrow_seed{seed}"] = options
+            found[f"{layers}_layers_narrow_seed{seed}"] = (*shape(layers, seed), *NARROW, *RECIPE)
     return found
 
 
@@ -97,8 +111,8 @@ def _has_recipe(name: str, options: tuple[str, ...]) -> bool:
     """Whether a student was trained with today's options."""
     wanted = command.train_student.make_context("train-student", list(options)).params
     before = read_manifest(Path("runs", name), "train-student").options
-    # Where it lies and what it starts from are this run's own; the least steps follow from what was typed.
-    own = {"output", "student", "min_steps"}
+    # Where it lies is this run's own, and the least steps follow from what was typed.
+    own = {"output", "min_steps"}
     return all(str(before[key]) == str(wanted[key]) for key in before.keys() - own)
 
 
@@ -108,7 +122,7 @@ def train_teacher(data: Path, model: str) -> None:
         _run("train-teacher", "--data", data, "--model", model, "--resume")
 
 
-def train_students(student: str, students: Mapping[str, tuple[str, ...]]) -> None:
+def train_students(students: Mapping[str, tuple[str, ...]]) -> None:
     """Train and export whatever is not there yet."""
     for name, options in students.items():
         if Path("runs", name).is_dir() and not _has_recipe(name, options):
@@ -116,8 +130,7 @@ def train_students(student: str, students: Mapping[str, tuple[str, ...]]) -> Non
                 shutil.rmtree(Path("runs", stale), ignore_errors=True)
 
     def learn(name: str, beside: int) -> None:
-        output = ("--output", f"runs/{name}", "--resume")
-        _run("train-student", "--student", student, *output, *students[name], beside=beside)
+        _run("train-student", "--output", f"runs/{name}", "--resume", *students[name], beside=beside)
 
     # The first leaves the soft labels of all. A small student keeps few cores busy, so the rest go in pairs.
     missing = [name for name in students if not Path("runs", name).is_dir()]
@@ -198,6 +211,7 @@ def evaluate(student: str, students: Sequence[str]) -> dict[str, Any]:
         "versions": manifest.versions,
         "recipe": " ".join(RECIPE),
         "recipe_alone": " ".join(_alone()),
+        "layerless": "the teacher",
         **({"narrow": " ".join(NARROW)} if any("_narrow" in name for name in students) else {}),
         "rows": data.manifest()["rows"],
         "classes": classes,
@@ -278,8 +292,9 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
         train_teacher(data / name, teacher)
-        students = _students(seeded, dict.fromkeys(depths, seeds), narrow, vocabulary)
-        train_students(student, students)
+        shapes = seeded, dict.fromkeys(depths, seeds), narrow, vocabulary
+        students = _students((teacher, student), *shapes)
+        train_students(students)
         result = evaluate(student, list(students))
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         click.echo(json.dumps(result, indent=2))

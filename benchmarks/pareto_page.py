@@ -47,12 +47,14 @@ def _merged(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def table(name: str, result: dict[str, Any]) -> str:
     """Markdown of one set."""
     narrow = f"; narrow ones with `{result['narrow']}`" if "narrow" in result else ""
+    begun = result.get("layerless", "the embeddings of the others' checkpoint, in an earlier way")
     lines = [
         f"## {name}",
         "",
         f"{result['classes']} classes; {result['rows']['train']:,} texts for training, "
         f"{result['rows']['test']:,} for the test; {result['cpu']}. Students: `distill train-student "
-        f"{result['recipe']}`{narrow}; without a teacher: `distill train-student {result['recipe_alone']}`.",
+        f"{result['recipe']}`{narrow}; without layers they start from {begun}; without a teacher: "
+        f"`distill train-student {result['recipe_alone']}`.",
         "",
         "| version | macro-F1 | before INT8 | kept | ms | times as fast | MB |",
         "|---|---:|---:|---:|---:|---:|---:|",

@@ -30,6 +30,7 @@ from distill.calibration import fit_temperature
 from distill.devices import choose_precision
 from distill.models import load_model, load_tokenizer
 from distill.predictions import read_predictions
+from distill.trainer import LossTrainer
 from distill.training import fit, predict_logits
 
 BUDGET, EPOCHS = 2, 3  # texts made for each training text; passes over them all
@@ -274,6 +275,21 @@ def _annealed() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _embeddings_at_the_heads_rate() -> Iterator[None]:
+    """All of a student without layers at one rate."""
+
+    def created(self: LossTrainer, *given: Any) -> Any:
+        optimizer = create(self, *given)
+        for group in optimizer.param_groups:
+            group["lr"] = self.head_learning_rate
+        return optimizer
+
+    create = LossTrainer.create_optimizer
+    with mock.patch.object(LossTrainer, "create_optimizer", created):
+        yield
+
+
 # What is changed in the recipe, and what in the code for the time of the training.
 VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[Any]]]] = {
     "recipe": ({}, nullcontext),
@@ -305,5 +321,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
     "weights that are drawn": ({}, partial(_built, _from_scratch)),
     f"embeddings of rank {RANK}": ({}, partial(_built, _factorised)),
     "three layers of 384 neurons": ({"layers": 3, "intermediate_size": 384}, nullcontext),
-    "no layers": ({"layers": 0}, nullcontext),
+    "no layers": ({"layers": 0, "student": None}, nullcontext),
+    "the checkpoint's embeddings": ({}, partial(mock.patch.object, training, "start_from", lambda *_: None)),
+    "embeddings at the head's rate": ({}, _embeddings_at_the_heads_rate),
 }

@@ -169,14 +169,15 @@ class LossTrainer(Trainer):
         """As the Trainer does, but with a learning rate of its own for what is new.
 
         A head and adapters have further to go than pre-trained weights, which the other rate suits. Without
-        layers nothing does what it was trained for.
+        layers all is new but the embeddings.
         """
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))
-            bare = is_layerless(self.model)
+            table = self.model.get_input_embeddings().weight if is_layerless(self.model) else None
             groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
+                    bare = table is not None and parameter is not table
                     kind = (bare or is_new(name, self.model.base_model_prefix), name in decayed)
                     groups.setdefault(kind, []).append(parameter)
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)

@@ -1,4 +1,4 @@
-"""A student's architecture: a pre-trained encoder with some of its layers and positions, or without any."""
+"""A student's architecture: a pre-trained encoder with some of its layers and positions."""
 
 import copy
 import re
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, ModernBertConfig
+from transformers import AutoModelForSequenceClassification
 
 from distill.errors import DistillError
 from distill.idle_layers import depth
@@ -14,7 +14,6 @@ from distill.models import OFFSET_POSITIONS
 
 # encoder.layer.3. (BERT, RoBERTa, ELECTRA, MPNet), transformer.layer.3. (DistilBERT), layers.3. (ModernBERT)
 LAYER = re.compile(r"(?<=[.])(layers?)\.(\d+)\.")
-SPECIAL = ("pad", "cls", "sep", "bos", "eos")  # tokens that a configuration names
 
 
 def evenly_spaced(total: int, keep: int, period: int = 1) -> list[int]:
@@ -65,47 +64,6 @@ def keep_layers(model: Any, keep: int) -> Any:
     if len(found) != total:
         raise unknown
     return with_weights(config, weights, unknown)
-
-
-def average_tokens(model: Any, tokenizer: Any, dropout: float = 0.0) -> Any:
-    """A sequence classifier without layers: the mean of token embeddings, and a small network that reads it.
-
-    Formula: y = W2 norm(gelu(W1 mean_i norm(norm(E[x_i])) + b1)) + b2, of the tokens x_i that are no padding.
-    It is a deep averaging network (Iyyer et al. 2015, https://aclanthology.org/P15-1162) and knows nothing of
-    order; written as a ModernBERT whose one layer adds nothing (`idle_layers`), so that whatever reads
-    transformers' checkpoints reads it.
-
-    Args:
-        model: a sequence classifier; its token embeddings E are where the new one starts, the rest is drawn.
-        tokenizer: its tokenizer.
-        dropout: of token embeddings, in training.
-    """
-    table, old = model.get_input_embeddings(), model.config
-    width = table.embedding_dim
-    config = ModernBertConfig(
-        vocab_size=table.num_embeddings,
-        hidden_size=width,
-        intermediate_size=1,
-        num_attention_heads=1,
-        num_hidden_layers=1,
-        classifier_pooling="mean",
-        embedding_dropout=dropout,
-        norm_bias=True,
-        classifier_bias=True,
-        reference_compile=False,
-        layerless=True,
-        num_labels=old.num_labels,
-        id2label=old.id2label,
-        label2id=old.label2id,
-        problem_type=old.problem_type,
-        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL},
-    )
-    student = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for weight in student.model.layers.parameters():
-            weight.zero_().requires_grad_(False)
-        student.get_input_embeddings().weight.copy_(table.weight)
-    return student
 
 
 def with_weights(config: Any, weights: dict[str, torch.Tensor], refusal: DistillError) -> Any:

@@ -127,6 +127,11 @@ def _collect(place: Path) -> None:
     shutil.rmtree(place)
 
 
+def kept_beside(teacher: Path) -> Path:
+    """Folder for what this teacher said, in which another one, trained in its place, is not found."""
+    return teacher.parent / "soft_labels" / manifest_hash(teacher)[:16]
+
+
 def teacher_logits(
     teacher: Path,
     manifest: Manifest,
@@ -151,7 +156,7 @@ def teacher_logits(
         engine: "local", or "ray" for workers on one machine or many, which see the same folders.
         workers: of Ray; one for each core, or GPU, when left out.
     """
-    folder = teacher.parent / "soft_labels" / manifest_hash(teacher)[:16]
+    folder = kept_beside(teacher)
     classes = len(manifest.labels)
     wanted = np.asarray(dataset["id"], dtype="<U16")
     once(partial(_collect_finished, folder))

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from distill.student.architecture import average_tokens, cut_positions, keep_layers
+from distill.student.architecture import cut_positions, keep_layers
+from distill.student.average import DROPOUT, average_tokens, start_from, teacher_states
 from distill.student.checks import check_options
 from distill.student.corpus import in_windows, unlabeled_text, with_soft_labels
 from distill.student.heads import keep_heads
@@ -90,7 +91,7 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
 
     def build(shape: Shape, corpus: Dataset = corpus) -> Any:
         if shape.layers == 0 and not is_layerless(model):
-            return average_tokens(model, tokenizer, options.dropout or 0.0)
+            return average_tokens(model, tokenizer, DROPOUT if options.dropout is None else options.dropout)
         built = keep_layers(model, shape.layers) if shape.layers not in (None, total) else model
         texts = texts_of(corpus) if shape.neurons or shape.heads else []
         if shape.neurons is not None:
@@ -118,6 +119,9 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
     elif shape.layers is None and options.student is None and total:
         shape = replace(shape, layers=max(1, total // 2))
     built = cut_positions(build(shape), tokenizer.model_max_length)
+    if is_layerless(built) and options.student is None and not is_layerless(model):
+        states = teacher_states(options.teacher, teacher, options.device, options.precision)
+        start_from(built, states)
     if is_layerless(built):  # it does not read which text of a pair a token is of
         names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names

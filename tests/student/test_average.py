@@ -10,7 +10,7 @@ import torch
 import transformers
 from conftest import make_configs, make_tokenizer
 from distill.export.bundle import ExportOptions
-from distill.student.architecture import average_tokens
+from distill.student.average import DROPOUT, average_tokens, start_from, teacher_states
 from distill.student.shape import Shape
 from distill.student.training import StudentOptions
 from distill.student.vocabulary import share_rows, shared_rows
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from distill import Classifier, DistillError, export_student, train_student
+from distill.artifact import read_manifest
 from distill.data import load_data
 from distill.idle_layers import depth, idle_layers_left_out
 from distill.models import load_model, load_tokenizer, text_logits
@@ -82,10 +83,10 @@ def test_what_it_leaves_out_changes_nothing_and_comes_back():
         assert weight.requires_grad is (".layers." not in name)
 
 
-def test_its_embeddings_are_dropped_out_if_asked():
+def test_its_embeddings_are_dropped_out_as_asked():
     model = transformers.AutoModelForSequenceClassification.from_config(FAMILIES["bert"])
-    assert average_tokens(model, make_tokenizer(), dropout=0.3).model.embeddings.drop.p == 0.3
-    assert average_tokens(model, make_tokenizer()).model.embeddings.drop.p == 0
+    for asked, found in (({}, DROPOUT), ({"dropout": 0.3}, 0.3), ({"dropout": 0.0}, 0)):
+        assert average_tokens(model, make_tokenizer(), **asked).model.embeddings.drop.p == found
 
 
 def test_texts_whose_tokens_keep_their_rows_keep_their_answers():
@@ -156,18 +157,56 @@ def test_it_is_trained_further_from_its_folder(student, chain, tmp_path):
             train_student(_settings(chain, tmp_path / "s", student=str(student), **changes))
 
 
-def test_all_of_it_learns_at_the_heads_rate(chain, tmp_path, monkeypatch):
-    rates = set()
+def test_all_but_its_embeddings_learns_at_the_heads_rate(chain, tmp_path, monkeypatch):
+    rates = []
 
     def create(self, *rest):
         optimizer = original(self, *rest)
-        rates.update(group["lr"] for group in optimizer.param_groups)
+        table = self.model.get_input_embeddings().weight
+        for group in optimizer.param_groups:
+            rates.append((group["lr"], any(one is table for one in group["params"]), len(group["params"])))
         return optimizer
 
     original = LossTrainer.create_optimizer
     monkeypatch.setattr(LossTrainer, "create_optimizer", create)
     train_student(_settings(chain, tmp_path / "s", layers=0, max_steps=1, learning_rate=1e-4))
-    assert len(rates) == 1 and rates.pop() == pytest.approx(1e-3)
+    assert [(rate, size) for rate, is_table, size in rates if is_table] == [(pytest.approx(1e-4), 1)]
+    assert [rate for rate, is_table, _ in rates if not is_table] == pytest.approx([1e-3, 1e-3])
+
+
+def test_it_starts_from_what_the_teacher_makes_of_each_token(chain, tmp_path):
+    teacher = read_manifest(chain.teacher, "train-teacher")
+    states = teacher_states(chain.teacher, teacher, "cpu", "fp32")
+    model, tokenizer = load_model(str(chain.teacher), teacher.labels).eval(), make_tokenizer()
+    token = tokenizer("great")["input_ids"]
+    with torch.no_grad():
+        read = model(torch.tensor([token]), output_hidden_states=True).hidden_states[3][0, 1]  # of 4 layers
+    own = model.get_input_embeddings().weight[token[1]].detach()
+    expected = sum(F.layer_norm(one, one.shape, eps=0.0) for one in (read, own))
+    assert states.shape == model.get_input_embeddings().weight.shape
+    np.testing.assert_allclose(states[token[1]], expected, atol=1e-4)
+    student = average_tokens(model, tokenizer)
+    start_from(student, states)
+    table = student.get_input_embeddings().weight.detach()
+    before = model.get_input_embeddings().weight.detach()
+    torch.testing.assert_close(F.layer_norm(table, (32,), eps=0), F.layer_norm(torch.tensor(states), (32,)))
+    torch.testing.assert_close(table.std(dim=1, correction=0).mean(), before.std(dim=1).mean())
+
+
+@pytest.mark.parametrize("student", ["the teacher", "a checkpoint"])
+def test_the_teacher_is_where_it_starts_unless_a_checkpoint_is_named(student, chain, tmp_path, monkeypatch):
+    from distill.student import training
+
+    begun = []
+    monkeypatch.setattr(training, "fit", lambda model, *rest: begun.append(model) or 1 / 0)
+    named = {"student": str(chain.checkpoint)} if student == "a checkpoint" else {}
+    with pytest.raises(ZeroDivisionError):
+        train_student(_settings(chain, tmp_path / "s", layers=0, **named))
+    table = begun[0].get_input_embeddings().weight.detach()
+    teacher = read_manifest(chain.teacher, "train-teacher")
+    states = torch.tensor(teacher_states(chain.teacher, teacher, "cpu", "fp32"))
+    like = F.cosine_similarity(table, states - states.mean(dim=1, keepdim=True)).min()
+    assert bool(like > 0.999) is not bool(named)
 
 
 def test_its_parameters_are_those_that_answer(student):
