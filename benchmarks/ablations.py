@@ -27,7 +27,7 @@ import torch
 from distill.student.training import StudentOptions
 from distill.teacher.training import TeacherOptions
 from scipy.special import log_softmax
-from variants import BUDGET, EPOCHS, SECOND, VARIANTS
+from variants import BUDGET, EPOCHS, LAYERLESS, SECOND, VARIANTS, WITH_LAYERS
 
 from distill import train_student, train_teacher
 from distill.artifact import read_manifest
@@ -58,7 +58,7 @@ def run(
     wanted = {
         (name, seed): _options(student, layers, (name, seed))
         for name in VARIANTS
-        if not only or name in ("recipe", *only)
+        if (name in ("recipe", *only) if only else name not in (WITH_LAYERS if layers == 0 else LAYERLESS))
         for seed in SEEDS
     }
     missing = [key for key, options in wanted.items() if not _is_done(options)]
@@ -172,10 +172,10 @@ def main(
         os.chdir(folder)
         rows = table(run(data / name, teacher, student, layers, only))
         record = RESULTS / f"{name}_{layers}_layers.json"
-        result = {
+        result: dict[str, Any] = {
             "cpu": cpu_name(),
             "teacher": Path(teacher).name,
-            "student": Path(student).name,
+            "student": Path(student).name if layers else None,
             "seeds": list(SEEDS),
             "augment": f"{BUDGET}x",
             "epochs": EPOCHS,

@@ -78,7 +78,7 @@ def _students(
 ) -> dict[str, tuple[str, ...]]:
     """Folder of every student, and the options that make it; of narrow ones there are all seeds.
 
-    Without layers it starts from the teacher, and one without a teacher from the checkpoint of the teacher.
+    Without layers it starts from the teacher; if it has none, from the checkpoint that the teacher was.
     """
     found: dict[str, tuple[str, ...]] = {}
     teacher, student = checkpoints
@@ -111,9 +111,10 @@ def _has_recipe(name: str, options: tuple[str, ...]) -> bool:
     """Whether a student was trained with today's options."""
     wanted = command.train_student.make_context("train-student", list(options)).params
     before = read_manifest(Path("runs", name), "train-student").options
-    # Where it lies is this run's own, and the least steps follow from what was typed.
-    own = {"output", "min_steps"}
-    return all(str(before[key]) == str(wanted[key]) for key in before.keys() - own)
+    # Where it lies is this run's own, as is where its checkpoint lies; the least steps follow from the rest.
+    own = {"output", "student", "min_steps"}
+    begun = [str(one["student"]).rpartition("/")[2] for one in (before, wanted)]
+    return begun[0] == begun[1] and all(str(before[key]) == str(wanted[key]) for key in before.keys() - own)
 
 
 def train_teacher(data: Path, model: str) -> None:

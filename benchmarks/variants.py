@@ -325,3 +325,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
     "the checkpoint's embeddings": ({}, partial(mock.patch.object, training, "start_from", lambda *_: None)),
     "embeddings at the head's rate": ({}, _embeddings_at_the_heads_rate),
 }
+# Those of students without layers alone, and of those with layers.
+LAYERLESS = ("the checkpoint's embeddings", "embeddings at the head's rate")
+WITH_LAYERS = (
+    "the first layers", "the last layers", "half of the heads", "two layers of 192 neurons and 6 heads",
+    "three layers of 384 neurons", "no layers", f"embeddings of rank {RANK}", "weights that are drawn",
+    "the teacher's relations too",
+)  # fmt: skip

@@ -86,7 +86,7 @@ def load_model(
             problem_type=problem_type,
             trust_remote_code=False,
         )
-        if getattr(config, "pad_token_id", None) is None or _is_decoder(config):
+        if getattr(config, "pad_token_id", None) is None or is_decoder(config):
             # Of a decoder the classifier reads the last token that is not this one; its own configuration
             # may name another one than its tokenizer pads with.
             padding = load_tokenizer(checkpoint, 1, option).pad_token_id
@@ -107,7 +107,8 @@ def load_model(
         )
 
 
-def _is_decoder(config: Any) -> bool:
+def is_decoder(config: Any) -> bool:
+    """Whether a checkpoint of this configuration reads from left to right, and writes text."""
     kind = config.model_type
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -130,7 +131,7 @@ def load_tokenizer(checkpoint: str, max_length: int, option: str = "--model", lo
                                "choose another checkpoint")  # fmt: skip
         tokenizer.pad_token = tokenizer.eos_token
     separate = tokenizer.num_special_tokens_to_add(pair=True)
-    if _is_decoder(config) and not separate and tokenizer.eos_token is not None:
+    if is_decoder(config) and not separate and tokenizer.eos_token is not None:
         _separate_pairs(tokenizer)
     if config.model_type not in READ_FROM_THE_END:
         # A decoder's last token has seen no padding after it, and its positions count from the first one.

@@ -119,7 +119,7 @@ def training_options(epochs: float, learning_rate: float) -> Callable[[Callable]
                 click.option(
                     "--dropout",
                     type=click.FloatRange(0, 1, max_open=True),
-                    help="While training [the checkpoint's own].",
+                    help="While training [the checkpoint's own; 0.2 with --layers 0].",
                 ),
                 click.option(
                     "--freeze-embeddings",

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, ModernBertConfig
 from distill.artifact import Manifest
 from distill.devices import choose_device, choose_precision, inference, placed
 from distill.idle_layers import depth
-from distill.models import load_model, load_tokenizer
+from distill.models import is_decoder, load_model, load_tokenizer
 from distill.processes import ahead
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ def teacher_states(teacher: Path, manifest: Manifest, device: str, precision: st
     https://github.com/MinishLab/model2vec) does with a model of sentences, here after fine-tuning and two
     thirds up the layers, where tokens are no longer words and not yet the answer. To that the token's own
     embedding is added, both with mean 0 and deviation 1. So a word that no training text has starts beside
-    those to which the teacher answers alike.
+    those to which the teacher answers alike. The embeddings alone serve where they are narrower than the
+    states (ALBERT, small ELECTRAs), and of teachers that have a decoder beside their encoder.
 
     Args:
         teacher: the teacher's folder.
@@ -84,7 +85,7 @@ def teacher_states(teacher: Path, manifest: Manifest, device: str, precision: st
     Returns:
         Of shape (vocabulary, width).
     """
-    file = kept_beside(teacher) / "tokens.npy"
+    file = kept_beside(teacher) / "token_states.npy"
 
     def kept() -> NDArray[np.float32]:
         if not file.is_file():
@@ -98,8 +99,12 @@ def teacher_states(teacher: Path, manifest: Manifest, device: str, precision: st
 def _states(teacher: Path, manifest: Manifest, device: str, precision: str) -> NDArray[np.float32]:
     model = load_model(str(teacher), manifest.labels, "--teacher").eval()
     tokenizer = load_tokenizer(str(teacher), manifest.max_length, "--teacher")
-    text, place = _text_of_one_token(tokenizer)
     table = model.get_input_embeddings().weight.detach().float().cpu().numpy()
+    config, embeddings = model.config, _standard(table)
+    narrower = getattr(config, "hidden_size", None) != table.shape[1]
+    if not depth(model) or narrower or config.is_encoder_decoder:
+        return embeddings
+    text, place = _text_of_one_token(tokenizer, is_decoder(config))
     layer, started, found = round(2 * depth(model) / 3), time.monotonic(), []
     with placed(model, device, precision), inference(device, precision):
         for ids in torch.arange(len(table)).split(BATCH):
@@ -113,19 +118,23 @@ def _states(teacher: Path, manifest: Manifest, device: str, precision: str) -> N
             if done % (20 * BATCH) == 0 or done == len(table):
                 left = (time.monotonic() - started) / done * (len(table) - done)
                 logger.info("Tokens by themselves: %d of %d, %d s left", done, len(table), left)
-    states = _standard(np.concatenate(found))
-    # ALBERT's embeddings, and some of ELECTRA's, are narrower than its states.
-    return states + _standard(table) if table.shape == states.shape else _standard(table)
+    return _standard(np.concatenate(found)) + embeddings
 
 
-def _text_of_one_token(tokenizer: Any) -> tuple[torch.Tensor, int]:
-    """A token between those that a tokenizer adds at the ends, shape (tokens,), and its place."""
+def _text_of_one_token(tokenizer: Any, decoder: bool) -> tuple[torch.Tensor, int]:
+    """A token between those that a tokenizer adds at the ends, shape (tokens,), and its place.
+
+    The first token of a decoder's text has a state like that of any other first one, so something stands
+    before: the end of another text.
+    """
     encoded = tokenizer("a", return_special_tokens_mask=True)
     ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
-    if 0 not in added:  # a tokenizer of few characters
-        return torch.zeros(1, dtype=torch.int64), 0
-    first, last = added.index(0), len(added) - 1 - added[::-1].index(0)
-    return torch.tensor([*ids[:first], 0, *ids[last + 1 :]]), first
+    first = added.index(0) if 0 in added else 0  # none in a tokenizer of few characters
+    last = len(added) - 1 - added[::-1].index(0) if 0 in added else len(added)
+    before = ids[:first]
+    if decoder and not before and tokenizer.eos_token_id is not None:
+        before = [tokenizer.eos_token_id]
+    return torch.tensor([*before, 0, *ids[last + 1 :]]), len(before)
 
 
 def _standard(rows: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -142,9 +151,10 @@ def _write(file: Path, states: NDArray[np.float32]) -> None:
 
 
 def start_from(student: Any, states: NDArray[np.float32]) -> None:
-    """Let the embeddings of a student without layers start as `teacher_states`, no larger than they were.
+    """Let the embeddings of a student without layers start as `teacher_states`, as large as they were.
 
-    Its norms make them of one size anyway; how large they are says how far a step of training moves them.
+    That is on average: its norms make all of one size anyway, and how large they are says how far a step of
+    training moves them.
     """
     table = student.get_input_embeddings().weight
     with torch.no_grad():

@@ -41,11 +41,15 @@ class Milliseconds(click.ParamType):
     help="Folder of train-teacher.",
 )
 @click.option("--data", help="The teacher's data, if it has moved [where the teacher read it].")
-@click.option("--student", help="Pre-trained checkpoint to start from [the teacher's own base checkpoint].")
+@click.option(
+    "--student",
+    help="Pre-trained checkpoint to start from [the teacher's own base checkpoint, or with --layers 0 the "
+    "teacher].",
+)
 @click.option(
     "--layers",
     type=click.IntRange(min=0),
-    help="Keep this many layers, evenly spaced, or the last alone; 0 for the mean of its token embeddings "
+    help="Keep this many layers, evenly spaced, or the last alone; 0 for the mean of token embeddings "
     "[half, without --student].",
 )
 @click.option(

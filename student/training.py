@@ -119,9 +119,6 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
     elif shape.layers is None and options.student is None and total:
         shape = replace(shape, layers=max(1, total // 2))
     built = cut_positions(build(shape), tokenizer.model_max_length)
-    if is_layerless(built) and options.student is None and not is_layerless(model):
-        states = teacher_states(options.teacher, teacher, options.device, options.precision)
-        start_from(built, states)
     if is_layerless(built):  # it does not read which text of a pair a token is of
         names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
@@ -184,16 +181,11 @@ def _fit(options: StudentOptions) -> _Fitted:
     budget = budget_of(options.augment, len(data.splits["train"])) if options.augment else 0
     model, tokenizer, shape = _build(options, teacher, data, corpus)
     parent = manifest_hash(options.teacher)
-    recipe = {
-        **options.recipe(),
-        "shape": asdict(shape),
-        "teacher_hash": parent,
-        "data_fingerprint": data.fingerprint,
-        "corpus_fingerprint": hashlib.sha256("".join(corpus["id"]).encode()).hexdigest(),
-    }
-    if count() > 1:
-        recipe["processes"] = count()
+    from_teacher = is_layerless(model) and options.student is None
+    recipe = _recipe(options, shape, parent, data, corpus, from_teacher)
     resume_from = once(partial(prepare_checkpoints, options, recipe, "train-student"))
+    if from_teacher:
+        start_from(model, teacher_states(options.teacher, teacher, options.device, options.precision))
     extra = {"unlabeled": sum(map(len, unlabeled)), "augmented": 0}
     if budget:
         # Of the split's seed, not of this run's: all students of a teacher share texts and soft labels.
@@ -234,6 +226,24 @@ def _fit(options: StudentOptions) -> _Fitted:
     if shared is not None:
         share_rows(trained.model, shared)
     return _Fitted(data, tokenizer, trained, shared, shape, extra, parent, temperature)
+
+
+def _recipe(
+    options: StudentOptions, shape: Shape, parent: str, data: Data, corpus: Dataset, from_teacher: bool
+) -> dict[str, Any]:
+    """All that a run which is resumed must have in common with what it was before."""
+    recipe = {
+        **options.recipe(),
+        "shape": asdict(shape),
+        "teacher_hash": parent,
+        "data_fingerprint": data.fingerprint,
+        "corpus_fingerprint": hashlib.sha256("".join(corpus["id"]).encode()).hexdigest(),
+    }
+    if count() > 1:
+        recipe["processes"] = count()
+    if from_teacher:
+        recipe["embeddings"] = "the teacher's states"
+    return recipe
 
 
 def _shared_rows(

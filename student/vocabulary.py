@@ -1,11 +1,11 @@
 """A smaller vocabulary: fewer rows in the embedding table, shared by tokens that are alike.
 
 Most of a small student's file is its embedding table, and a corpus uses a fraction of it. The most frequent
-tokens of the corpus keep a row of their own; every other token reads the row of the one that the pre-trained
-table holds to be most like it, in training already. The tokenizer stays as it is, so a text whose tokens all
-have rows of their own is answered as before, and a token that was never seen is read as one that was. The
-student's folder has the whole table, equal rows and all, which plain transformers reads; export stores equal
-rows once (export/equal_rows.py).
+tokens of the corpus keep a row of their own; every other token reads the row of the one that the table, as
+it is before training, holds to be most like it, in training already. The tokenizer stays as it is, so a
+text whose tokens all have rows of their own is answered as before, and a token that was never seen is read
+as one that was. The student's folder has the whole table, equal rows and all, which plain transformers
+reads; export stores equal rows once (export/equal_rows.py).
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ def shared_rows(model: Any, tokenizer: Any, texts: Iterable[Text], size: int | N
     """Choose which rows of a classifier's embedding table stay, and who reads them.
 
     Args:
-        model: a sequence classifier, whose table is still the pre-trained one.
+        model: a sequence classifier that is not trained yet.
         tokenizer: as `load_tokenizer` gives it.
         texts: the corpus, never validation or test text.
         size: how many tokens keep their rows: the most frequent ones, then the first of the vocabulary, which

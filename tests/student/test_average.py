@@ -1,5 +1,6 @@
-"""A student without layers: from the checkpoint's token embeddings to its bundle."""
+"""A student without layers: from the teacher's tokens to its bundle."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 from conftest import make_configs, make_tokenizer
 from distill.export.bundle import ExportOptions
+from distill.student import average
 from distill.student.average import DROPOUT, average_tokens, start_from, teacher_states
 from distill.student.shape import Shape
 from distill.student.training import StudentOptions
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from distill import Classifier, DistillError, export_student, train_student
-from distill.artifact import read_manifest
+from distill.artifact import Manifest, read_manifest
 from distill.data import load_data
 from distill.idle_layers import depth, idle_layers_left_out
 from distill.models import load_model, load_tokenizer, text_logits
@@ -193,6 +195,50 @@ def test_it_starts_from_what_the_teacher_makes_of_each_token(chain, tmp_path):
     torch.testing.assert_close(table.std(dim=1, correction=0).mean(), before.std(dim=1).mean())
 
 
+SMALL = {"vocab_size": len(make_tokenizer()), "hidden_size": 32, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 40}  # fmt: skip
+OTHERS = {
+    "gpt2": transformers.GPT2Config(vocab_size=SMALL["vocab_size"], n_embd=32, n_layer=2, n_head=4),
+    "llama": transformers.LlamaConfig(**SMALL),
+    "albert": transformers.AlbertConfig(**SMALL, embedding_size=16),
+    "bart": transformers.BartConfig(
+        vocab_size=SMALL["vocab_size"], d_model=32, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_every_family_of_teachers_is_asked_for_its_tokens(family, bare, tmp_path):
+    config = copy.deepcopy({**FAMILIES, **OTHERS}[family])
+    config.pad_token_id = 0
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = make_tokenizer()
+    if bare:  # GPT-2's and Qwen's add nothing at the ends
+        tokenizer.backend_tokenizer.post_processor = None
+        tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(tmp_path)
+    teacher = Manifest("train-teacher", ["a", "b", "c"], {}, seed=0, data={}, max_length=16)
+    found = torch.tensor(average._states(tmp_path, teacher, "cpu", "fp32"))
+    table = model.get_input_embeddings().weight.detach()
+    own = F.layer_norm(table, table.shape[1:], eps=1e-12)
+    if family in ("albert", "bart"):
+        torch.testing.assert_close(found, own, atol=1e-4, rtol=0)
+        return
+    ends = tokenizer.cls_token_id, tokenizer.sep_token_id
+    text = {False: [ends[0], 17, ends[1]], True: [17]}[bare]
+    if bare and family in ("gpt2", "llama"):  # not the first token of a text
+        text = [ends[1], 17]
+    with torch.no_grad():
+        layers = model.base_model(torch.tensor([text]), output_hidden_states=True).hidden_states
+    state = layers[1][0, text.index(17)]  # of 2 layers
+    torch.testing.assert_close(
+        found[17] - own[17], F.layer_norm(state, state.shape, eps=1e-12), atol=1e-3, rtol=0
+    )
+
+
 @pytest.mark.parametrize("student", ["the teacher", "a checkpoint"])
 def test_the_teacher_is_where_it_starts_unless_a_checkpoint_is_named(student, chain, tmp_path, monkeypatch):
     from distill.student import training
@@ -202,6 +248,7 @@ def test_the_teacher_is_where_it_starts_unless_a_checkpoint_is_named(student, ch
     named = {"student": str(chain.checkpoint)} if student == "a checkpoint" else {}
     with pytest.raises(ZeroDivisionError):
         train_student(_settings(chain, tmp_path / "s", layers=0, **named))
+    assert begun[0].model.embeddings.drop.p == DROPOUT
     table = begun[0].get_input_embeddings().weight.detach()
     teacher = read_manifest(chain.teacher, "train-teacher")
     states = torch.tensor(teacher_states(chain.teacher, teacher, "cpu", "fp32"))
