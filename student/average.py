@@ -25,7 +25,7 @@ DROPOUT = 0.2  # of token embeddings, where nothing else is asked for
 BATCH = 512  # tokens that are read at a time, each as a text of its own
 
 
-def average_tokens(model: Any, tokenizer: Any, dropout: float = DROPOUT) -> Any:
+def average_tokens(model: Any, tokenizer: Any, dropout: float | None = None) -> Any:
     """A sequence classifier without layers: the mean of token embeddings, and a small network that reads it.
 
     Formula: y = W2 norm(gelu(W1 mean_i norm(norm(E[x_i])) + b1)) + b2, of the tokens x_i that are no padding.
@@ -36,7 +36,7 @@ def average_tokens(model: Any, tokenizer: Any, dropout: float = DROPOUT) -> Any:
     Args:
         model: a sequence classifier; its token embeddings E are where the new one starts, the rest is drawn.
         tokenizer: its tokenizer.
-        dropout: of token embeddings, in training.
+        dropout: of token embeddings, in training; `DROPOUT` when left out.
     """
     table, old = model.get_input_embeddings(), model.config
     width = table.embedding_dim
@@ -47,7 +47,7 @@ def average_tokens(model: Any, tokenizer: Any, dropout: float = DROPOUT) -> Any:
         num_attention_heads=1,
         num_hidden_layers=1,
         classifier_pooling="mean",
-        embedding_dropout=dropout,
+        embedding_dropout=DROPOUT if dropout is None else dropout,
         norm_bias=True,
         classifier_bias=True,
         reference_compile=False,
@@ -71,10 +71,10 @@ def teacher_states(teacher: Path, manifest: Manifest, device: str, precision: st
 
     Each token is read as a text of its own, as model2vec (Tulkens and van Dongen 2024,
     https://github.com/MinishLab/model2vec) does with a model of sentences, here after fine-tuning and two
-    thirds up the layers, where tokens are no longer words and not yet the answer. To that the token's own
-    embedding is added, both with mean 0 and deviation 1. So a word that no training text has starts beside
-    those to which the teacher answers alike. The embeddings alone serve where they are narrower than the
-    states (ALBERT, small ELECTRAs), and of teachers that have a decoder beside their encoder.
+    thirds up the layers. To that the token's own embedding is added, both with mean 0 and deviation 1. So a
+    word that no training text has starts beside those that the teacher reads alike. The embeddings alone
+    serve where they are narrower than the states (ALBERT, small ELECTRAs), and of teachers that have a
+    decoder beside their encoder.
 
     Args:
         teacher: the teacher's folder.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from distill.student.architecture import cut_positions, keep_layers
-from distill.student.average import DROPOUT, average_tokens, start_from, teacher_states
+from distill.student.average import average_tokens, start_from, teacher_states
 from distill.student.checks import check_options
 from distill.student.corpus import in_windows, unlabeled_text, with_soft_labels
 from distill.student.heads import keep_heads
@@ -91,7 +91,7 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
 
     def build(shape: Shape, corpus: Dataset = corpus) -> Any:
         if shape.layers == 0 and not is_layerless(model):
-            return average_tokens(model, tokenizer, DROPOUT if options.dropout is None else options.dropout)
+            return average_tokens(model, tokenizer, options.dropout)
         built = keep_layers(model, shape.layers) if shape.layers not in (None, total) else model
         texts = texts_of(corpus) if shape.neurons or shape.heads else []
         if shape.neurons is not None:
