@@ -218,7 +218,13 @@ def test_every_family_of_teachers_is_asked_for_its_tokens(family, bare, tmp_path
     tokenizer = make_tokenizer()
     if bare:  # GPT-2's and Qwen's add nothing at the ends
         tokenizer.backend_tokenizer.post_processor = None
-        tokenizer.eos_token = "[SEP]"
+        tokenizer = (
+            transformers.PreTrainedTokenizerFast(  # transformers 5 gives a BertTokenizer its own again
+                tokenizer_object=tokenizer.backend_tokenizer,
+                **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")},
+                eos_token="[SEP]",
+            )
+        )
     tokenizer.save_pretrained(tmp_path)
     teacher = Manifest("train-teacher", ["a", "b", "c"], {}, seed=0, data={}, max_length=16)
     found = torch.tensor(average._states(tmp_path, teacher, "cpu", "fp32"))
