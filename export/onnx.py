@@ -78,7 +78,16 @@ def export_fp32(student: Path, folder: Path, exporter: str | None = None) -> Pat
 def _with_optimum(student: Path, folder: Path) -> None:
     from optimum.exporters.onnx import main_export
 
-    main_export(str(student), folder, task="text-classification", do_validation=False, no_post_process=True)
+    # Optimum traces a text of 16 tokens, of which a model of shorter texts has no positions.
+    length = min(16, AutoTokenizer.from_pretrained(student, trust_remote_code=False).model_max_length)
+    main_export(
+        str(student),
+        folder,
+        task="text-classification",
+        do_validation=False,
+        no_post_process=True,
+        sequence_length=length,
+    )
 
 
 def _with_transformers(student: Path, folder: Path) -> None:

@@ -2,11 +2,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from conftest import make_configs, make_tokenizer
 from distill.export import bundle, cpu
 from distill.export.bundle import ExportOptions
 from distill.export.draft import Draft
 from distill.export.onnx import default_exporter
 from distill.export.verification import compare, require_parity
+from export.graphs import export_tiny, run_graph
 
 from distill import Classifier, export_student
 from distill.artifact import read_manifest, verify
@@ -108,6 +111,20 @@ def test_an_interrupted_export_leaves_nothing(chain, tmp_path, monkeypatch, step
     with pytest.raises(KeyboardInterrupt):
         export_student(ExportOptions(student=chain.student, output=tmp_path / "b", int8=True))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_model_of_the_shortest_texts_is_exported(family, tmp_path):
+    config = make_configs(2)[family]
+    config.max_position_embeddings = 8 + (2 if family == "roberta" else 0)
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 8
+    graph, model = export_tiny(config, tmp_path, tokenizer)
+    for length in (3, 8):
+        ids = np.arange(5, 5 + length)[None]
+        with torch.no_grad():
+            expected = model(torch.tensor(ids)).logits
+        np.testing.assert_allclose(run_graph(graph, ids, np.ones_like(ids))[0], expected, atol=1e-4)
 
 
 def test_a_graph_that_differs_from_pytorch_is_refused():
