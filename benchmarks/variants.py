@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 from distill.student import architecture, soft_labels, training
+from distill.student.average import start_from
 from distill.student.losses import distillation_loss, hard_label_loss
 from numpy.typing import NDArray
 from scipy.special import softmax
@@ -290,6 +291,15 @@ def _embeddings_at_the_heads_rate() -> Iterator[None]:
         yield
 
 
+def _bigrams_from_zero() -> AbstractContextManager[Any]:
+    """Tokens alone start from the teacher."""
+
+    def started(student: Any, tokens: NDArray[np.float32], _: Any) -> None:
+        start_from(student, tokens, np.zeros((0, 0), dtype=np.float32))
+
+    return mock.patch.object(training, "start_from", started)
+
+
 # What is changed in the recipe, and what in the code for the time of the training.
 VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[Any]]]] = {
     "recipe": ({}, nullcontext),
@@ -324,9 +334,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
     "no layers": ({"layers": 0, "student": None}, nullcontext),
     "the checkpoint's embeddings": ({}, partial(mock.patch.object, training, "start_from", lambda *_: None)),
     "embeddings at the head's rate": ({}, _embeddings_at_the_heads_rate),
+    "no bigrams": ({"bigrams": 0}, nullcontext),
+    "bigrams from zero": ({}, _bigrams_from_zero),
 }
 # Those of students without layers alone, and of those with layers.
-LAYERLESS = ("the checkpoint's embeddings", "embeddings at the head's rate")
+LAYERLESS = (
+    "the checkpoint's embeddings", "embeddings at the head's rate", "no bigrams", "bigrams from zero",
+)  # fmt: skip
 WITH_LAYERS = (
     "the first layers", "the last layers", "half of the heads", "two layers of 192 neurons and 6 heads",
     "three layers of 384 neurons", "no layers", f"embeddings of rank {RANK}", "weights that are drawn",

@@ -19,12 +19,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+import distill.averaging  # noqa: F401  its models are known to AutoModel from then on
 from distill.decision import SINGLE_LABEL
 from distill.devices import inference, out_of_memory, release
 from distill.encoding import Text, encode, read_long_texts
 from distill.errors import DistillError
 from distill.first_token import first_token_only
-from distill.idle_layers import idle_layers_left_out
 from distill.long_texts import HEAD, pooled
 
 logger = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ def batched_logits(
     order = np.argsort(-lengths, kind="stable")
     logits = np.empty((len(lengths), model.config.num_labels), dtype=np.float32)
     start = 0
-    with first_token_only(model), idle_layers_left_out(model), inference(device, precision):
+    with first_token_only(model), inference(device, precision):
         while start < len(order):
             rows = order[start : start + max(1, batch_tokens // max(1, int(lengths[order[start]])))]
             batch = tokenizer.pad(inputs(rows), return_tensors="pt")
@@ -256,7 +256,7 @@ def open_pytorch(
         torch.set_num_threads(1)
         columns = encode([text], tokenizer).columns
         # Its pieces, if it has several, are of one length, or nearly so.
-        with torch.inference_mode(), idle_layers_left_out(model):
+        with torch.inference_mode():
             return model(**tokenizer.pad(columns, return_tensors="pt")).logits.mean(dim=0, keepdim=True)
 
     def many(texts: list[Any]) -> NDArray[np.float32]:
@@ -267,6 +267,5 @@ def open_pytorch(
 
 
 def count_parameters(model: Any) -> int:
-    """Count the parameters of a PyTorch model, without layers that add nothing."""
-    with idle_layers_left_out(model):
-        return sum(parameter.numel() for parameter in model.parameters())
+    """Count the parameters of a PyTorch model."""
+    return sum(parameter.numel() for parameter in model.parameters())

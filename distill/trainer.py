@@ -12,8 +12,8 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from distill.averaging import is_layerless
 from distill.encoding import encode, way_of
-from distill.idle_layers import is_layerless
 from distill.long_texts import WINDOWS
 from distill.sharding import sharded
 
@@ -174,12 +174,12 @@ class LossTrainer(Trainer):
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))
             table = self.model.get_input_embeddings().weight if is_layerless(self.model) else None
+            prefix = self.model.base_model_prefix
             groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    bare = table is not None and parameter is not table
-                    kind = (bare or is_new(name, self.model.base_model_prefix), name in decayed)
-                    groups.setdefault(kind, []).append(parameter)
+                    new = is_new(name, prefix) if table is None else parameter is not table
+                    groups.setdefault((new, name in decayed), []).append(parameter)
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer(
                 [

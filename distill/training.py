@@ -23,7 +23,6 @@ from distill.devices import choose_device, choose_precision, out_of_memory, plac
 from distill.encoding import way_of
 from distill.errors import DistillError
 from distill.first_token import first_token_only
-from distill.idle_layers import idle_layers_left_out
 from distill.long_texts import HEAD, pooled
 from distill.memory import Plan, available, measure, plan, smaller
 from distill.metrics import score
@@ -176,7 +175,7 @@ def _unread_left_out(
         return
     classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
     used = used_tokens_only(model, tokenizer, texts, device, record, resumed=resume_from is not None)
-    with first_token_only(classifier), idle_layers_left_out(classifier), used as new_ids:
+    with first_token_only(classifier), used as new_ids:
         yield Collator(tokenizer, new_ids)
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from distill import processes
+from distill.averaging import is_layerless
 from distill.errors import DistillError
 from distill.trainer import BEYOND_THE_MODEL, Collator
 
@@ -46,9 +47,10 @@ def used_tokens_only(
         resumed: take the tokens from there; without such a file the table stays whole, as it was before.
 
     Yields:
-        The new id of every token, shape (vocabulary,), -1 for those that are not there; None where the model
-        is left as it is: its table is frozen or shared, or nearly all in use, up to a special token near the
-        end; or it answers in another way then, or not at all (found by comparing logits).
+        The new id of every token, shape (vocabulary,), -1 for those that are not there. None where texts keep
+        their ids: a model without layers finds the rows itself; or the table is left as it is, since it is
+        frozen or shared, or nearly all in use, up to a special token near the end, or the model answers in
+        another way then, or not at all (found by comparing logits).
 
     Raises:
         DistillError: if a resumed run reads tokens that it did not read before.
@@ -68,17 +70,25 @@ def used_tokens_only(
     expected = _logits(model, texts[0], Collator(tokenizer))
     _set(table, nn.Parameter(whole.detach()[rows.to(whole.device)]))
     whole.data = whole.data.cpu()
+    translates = is_layerless(model)  # its bigrams are of the tokens themselves
+    if translates:
+        model.rows = new_ids.to(device)
+    given = None if translates else new_ids
     try:
-        found = _logits(model, texts[0], Collator(tokenizer, new_ids))
+        found = _logits(model, texts[0], Collator(tokenizer, given))
         if not _same(expected, found):
             _set(table, whole)
+            if translates:
+                model.rows = None
             yield None
             return
         logger.debug("Training %d of %d rows of the embedding table", len(rows), len(whole))
         record.parent.mkdir(parents=True, exist_ok=True)
         processes.once(lambda: np.save(record, rows.numpy()))
-        yield new_ids
+        yield given
     finally:
+        if translates:
+            model.rows = None
         if table.weight is not whole:
             whole.data[rows] = table.weight.detach().cpu()
             _set(table, whole)

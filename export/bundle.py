@@ -19,6 +19,7 @@ from distill.export.placement import off_cuda
 from distill.export.verification import require_parity
 
 from distill.artifact import Manifest, check_output, manifest_hash, publish, read_manifest, verify
+from distill.averaging import AveragingConfig
 from distill.bundle import MANIFEST, TOKENIZER, TOKENIZER_SETTINGS, second_column, write_single_file
 from distill.calibration import fit_decision
 from distill.data import Data, reload_data
@@ -100,11 +101,22 @@ def export_student(options: ExportOptions) -> Manifest:
     return manifest
 
 
+def _write_config(student: Path, folder: Path) -> None:
+    """Say what Optimum and transformers.js go by when they run a graph: the kind of model, and its labels.
+
+    They do not know a student without layers; the graph of a DistilBERT has the same inputs and output.
+    """
+    config = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] == AveragingConfig.model_type:
+        config |= {"model_type": "distilbert", "architectures": ["DistilBertForSequenceClassification"]}
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
 def _fill(folder: Path, exported: Path, options: ExportOptions, manifest: Manifest, data: Data) -> None:
     _place(exported, folder, manifest)
     tokenizer = load_tokenizer(str(options.student), manifest.max_length, "--student", manifest.long_texts)
     tokenizer.save_pretrained(folder)
-    shutil.copy(options.student / "config.json", folder / "config.json")
+    _write_config(options.student, folder)
     for path in folder.iterdir():
         if path.is_file() and path.name not in TOKENIZER_FILES:
             path.unlink()

@@ -1,7 +1,6 @@
 """A PyTorch student becomes an fp32 ONNX graph through Optimum, plain and with fused operators."""
 
 import io
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,11 +13,11 @@ import torch
 import transformers
 from distill.export.equal_rows import store_equal_rows_once
 from distill.export.idle_heads import drop_idle_heads
-from distill.export.idle_layers import drop_idle_layers
 from distill.export.one_query import attend_from_first_token
 from distill.export.pooling import keep_first_token
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from distill.averaging import AveragingConfig
 from distill.errors import DistillError
 
 logger = logging.getLogger(__name__)
@@ -67,36 +66,38 @@ def export_fp32(student: Path, folder: Path, exporter: str | None = None) -> Pat
     except Exception as error:  # the exporters raise many kinds
         reason = " ".join(str(error).split())[:200]
         raise DistillError(f"--student {student}: {exporter} cannot export it: {reason}") from error
-    path = folder / "model.onnx"
-    if json.loads((student / "config.json").read_text(encoding="utf-8")).get("layerless"):
-        graph = onnx.load(path)
-        drop_idle_layers(graph)
-        onnx.save(graph, path)
-    return path
+    return folder / "model.onnx"
 
 
 def _with_optimum(student: Path, folder: Path) -> None:
-    from optimum.exporters.onnx import main_export
+    from optimum.exporters.onnx import export, main_export
+    from optimum.exporters.onnx.model_configs import DistilBertOnnxConfig
 
+    task = "text-classification"
+    config = AutoConfig.from_pretrained(student, trust_remote_code=False)
+    if config.model_type == AveragingConfig.model_type:
+        folder.mkdir(parents=True, exist_ok=True)
+        # It has the inputs of a DistilBERT: tokens and their mask.
+        export(_open(student), DistilBertOnnxConfig(config, task=task), folder / "model.onnx", opset=OPSET)
+        return
     # Optimum traces a text of 16 tokens, of which a model of shorter texts has no positions.
     length = min(16, AutoTokenizer.from_pretrained(student, trust_remote_code=False).model_max_length)
     main_export(
-        str(student),
-        folder,
-        task="text-classification",
-        do_validation=False,
-        no_post_process=True,
-        sequence_length=length,
+        str(student), folder, task=task, do_validation=False, no_post_process=True, sequence_length=length
     )
+
+
+def _open(student: Path) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(
+        student, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    ).eval()
 
 
 def _with_transformers(student: Path, folder: Path) -> None:
     import onnx_ir
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        student, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    ).eval()
+    model = _open(student)
     tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
     # Two texts of different length, so that neither axis is taken for a constant.
     texts = tokenizer(["one text", "another, longer text"], padding=True, return_tensors="pt")

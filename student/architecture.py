@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from distill.averaging import depth
 from distill.errors import DistillError
-from distill.idle_layers import depth
 from distill.models import OFFSET_POSITIONS
 
 # encoder.layer.3. (BERT, RoBERTa, ELECTRA, MPNet), transformer.layer.3. (DistilBERT), layers.3. (ModernBERT)

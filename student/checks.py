@@ -22,6 +22,17 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise DistillError(f"--alpha {options['alpha']}: must be between 0 and 1")
     if (options["vocabulary"] or 0) < 0:
         raise DistillError(f"--vocabulary {options['vocabulary']}: give 0 for all tokens that occur, or more")
+    _check_shape(options)
+    for name in ("unlabeled", "augment"):
+        if options[name] and options["alpha"] == 0:
+            raise DistillError(
+                f"--{name}: with --alpha 0 the teacher's labels count for nothing; raise --alpha"
+            )
+    if options["augment"]:
+        budget_of(options["augment"], 1000)
+
+
+def _check_shape(options: Mapping[str, Any]) -> None:
     given = [name for name in ("layers", "speedup", "latency_budget") if options[name] is not None]
     if len(given) > 1:
         first, second = (f"--{name.replace('_', '-')}" for name in given[:2])
@@ -31,10 +42,5 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise DistillError(
                 f"--{name.replace('_', '-')}: without layers there are no {parts}; leave it out"
             )
-    for name in ("unlabeled", "augment"):
-        if options[name] and options["alpha"] == 0:
-            raise DistillError(
-                f"--{name}: with --alpha 0 the teacher's labels count for nothing; raise --alpha"
-            )
-    if options["augment"]:
-        budget_of(options["augment"], 1000)
+    if options["bigrams"] is not None and (options["bigrams"] < 0 or options["layers"] != 0):
+        raise DistillError(f"--bigrams {options['bigrams']}: give a number from 0 on, and --layers 0 with it")

@@ -79,7 +79,14 @@ class Milliseconds(click.ParamType):
     "--vocabulary",
     type=click.IntRange(min=0),
     help="Keep this many rows of the embedding table: of the most frequent tokens in what the student learns "
-    "on, then the checkpoint's first. Others read the nearest. 0 for all that occur [the checkpoint's].",
+    "on, then the checkpoint's first; special ones come on top. Others read the nearest. 0 for all that "
+    "occur [the checkpoint's].",
+)
+@click.option(
+    "--bigrams",
+    type=click.IntRange(min=0),
+    help="Without layers: give this many pairs of neighbouring tokens an embedding too, of those that occur "
+    "twice in what the student learns on, the most frequent first [16384].",
 )
 @click.option("--unlabeled", help="File, folder or address with more texts, which only the teacher labels.")
 @click.option(

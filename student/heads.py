@@ -8,8 +8,8 @@ import torch
 from distill.student.architecture import with_weights
 from distill.student.neurons import activation_norms
 
+from distill.averaging import is_layerless
 from distill.errors import DistillError
-from distill.idle_layers import is_layerless
 
 BERT = ("attention.self.value", "attention.output.dense")
 # Of a layer of each family whose attention export fuses, without which no head could be left out: what makes

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from distill.student.architecture import LAYER, with_weights
 
+from distill.averaging import is_layerless
 from distill.encoding import encode
 from distill.errors import DistillError
 from distill.first_token import first_token_only
-from distill.idle_layers import is_layerless
 
 WIDTHS = ("intermediate_size", "hidden_dim")  # what configurations call the number of neurons
 TEXTS, TOKENS = 300, 10_000  # at most, to tell which neurons matter

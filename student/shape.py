@@ -16,8 +16,8 @@ from transformers import pipeline
 
 import distill
 from distill.artifact import read_manifest
+from distill.averaging import depth
 from distill.errors import DistillError
-from distill.idle_layers import depth
 from distill.latency import cpu_name, measure
 from distill.long_texts import HEAD
 from distill.models import load_model, load_tokenizer, open_pytorch

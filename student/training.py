@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from distill.student.architecture import cut_positions, keep_layers
-from distill.student.average import average_tokens, start_from, teacher_states
+from distill.student.average import average_tokens, frequent_bigrams, start_from, teacher_states
 from distill.student.checks import check_options
 from distill.student.corpus import in_windows, unlabeled_text, with_soft_labels
 from distill.student.heads import keep_heads
@@ -29,13 +29,13 @@ from transformers import set_seed
 from distill.arguments import TrainingOptions
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
 from distill.augmentation import augmented
+from distill.averaging import depth, is_layerless, refuse_pairs
 from distill.calibration import fit_temperature
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, recorded_recipe, refuse_unfinished
 from distill.data import Data, reload_data, texts_of
 from distill.devices import choose_device, choose_precision
 from distill.encoding import way_of
 from distill.errors import DistillError
-from distill.idle_layers import depth, is_layerless, refuse_pairs
 from distill.long_texts import WINDOWS
 from distill.models import count_parameters, load_model, load_tokenizer
 from distill.options import budget_of
@@ -67,6 +67,7 @@ class StudentOptions(TrainingOptions):
     speedup: float | None = None
     latency_budget: float | None = None
     vocabulary: int | None = None
+    bigrams: int | None = None
     unlabeled: str | None = None
     augment: str | None = None
     temperature: float = 1.0
@@ -89,9 +90,13 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
 
     pairs, total = bool(data.columns.text_pair), depth(model)
 
+    @cache
+    def bigrams() -> list[tuple[int, int]]:
+        return frequent_bigrams(tokenizer, texts_of(corpus), options.bigrams)
+
     def build(shape: Shape, corpus: Dataset = corpus) -> Any:
         if shape.layers == 0 and not is_layerless(model):
-            return average_tokens(model, tokenizer, options.dropout)
+            return average_tokens(model, tokenizer, options.dropout, bigrams())
         built = keep_layers(model, shape.layers) if shape.layers not in (None, total) else model
         texts = texts_of(corpus) if shape.neurons or shape.heads else []
         if shape.neurons is not None:
@@ -185,7 +190,10 @@ def _fit(options: StudentOptions) -> _Fitted:
     recipe = _recipe(options, shape, parent, data, corpus, from_teacher)
     resume_from = once(partial(prepare_checkpoints, options, recipe, "train-student"))
     if from_teacher:
-        start_from(model, teacher_states(options.teacher, teacher, options.device, options.precision))
+        bigrams = model.pairs.numpy() if model.config.bigrams else []
+        start_from(
+            model, *teacher_states(options.teacher, teacher, bigrams, options.device, options.precision)
+        )
     extra = {"unlabeled": sum(map(len, unlabeled)), "augmented": 0}
     if budget:
         # Of the split's seed, not of this run's: all students of a teacher share texts and soft labels.

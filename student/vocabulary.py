@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from distill.averaging import is_layerless
 from distill.encoding import Text, encode
 from distill.errors import DistillError
 
@@ -61,10 +62,15 @@ def shared_rows(model: Any, tokenizer: Any, texts: Iterable[Text], size: int | N
 
 
 def share_rows(model: Any, rows: torch.Tensor) -> None:
-    """Copy the rows that `rows` names to the tokens that share them, shape (vocabulary,); in place."""
+    """Copy the rows that `rows` names to the tokens that share them, shape (vocabulary,); in place.
+
+    Where a model has bigrams, those of tokens that share a row are one too, as they were in training.
+    """
     table = model.get_input_embeddings().weight
     with torch.no_grad():
         table.copy_(table[rows.to(table.device)])
+    if is_layerless(model):
+        model.share(rows)
 
 
 def _counts(tokenizer: Any, texts: Iterable[Text]) -> Counter[int]:

@@ -20,11 +20,11 @@ from transformers import set_seed
 from distill.arguments import TrainingOptions
 from distill.artifact import Manifest, publish
 from distill.augmentation import augmented
+from distill.averaging import is_layerless, refuse_pairs
 from distill.checkpoints import discard_checkpoints, prepare_checkpoints, refuse_unfinished
 from distill.data import Data, load_data
 from distill.devices import choose_device, choose_precision
 from distill.errors import DistillError
-from distill.idle_layers import is_layerless, refuse_pairs
 from distill.long_texts import HEAD, WAYS, WINDOWS
 from distill.models import count_parameters, load_model, load_tokenizer
 from distill.options import budget_of

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from distill import DistillError, training
+from distill.averaging import AveragingConfig
 from distill.trainer import Collator, LossTrainer, tokenize
 from distill.used_tokens import used_tokens_only
 
@@ -61,6 +62,23 @@ def test_logits_and_trained_weights_are_those_of_the_whole_table(family, tmp_pat
         found = _step(other, Collator(tokenizer, new_ids)(list(texts)))
     torch.testing.assert_close(found, expected)
     assert table.num_embeddings == len(table.weight) == ROWS
+    for (name, weight), trained in zip(other.named_parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(weight, trained, msg=name, atol=1e-6, rtol=1e-4)
+
+
+def test_a_model_that_has_bigrams_finds_its_rows_itself(tmp_path):
+    texts, tokenizer = _texts(), _tokenizer()
+    models = []
+    for _ in range(2):
+        models.append(_model(AveragingConfig(hidden_size=32, bigrams=2)))
+        models[-1].know_bigrams([tuple(texts["input_ids"][0][1:3]), (2, 5)])
+    one, other = models
+    expected = _step(one, Collator(tokenizer)(list(texts)))
+    with used_tokens_only(other, tokenizer, [texts], "cpu", tmp_path / "t.npy") as new_ids:
+        assert new_ids is None and len(other.tokens.weight) < 70
+        found = _step(other, Collator(tokenizer)(list(texts)))
+    torch.testing.assert_close(found, expected)
+    assert other.rows is None and other.bigrams.weight[1].any()
     for (name, weight), trained in zip(other.named_parameters(), one.parameters(), strict=True):
         torch.testing.assert_close(weight, trained, msg=name, atol=1e-6, rtol=1e-4)
 

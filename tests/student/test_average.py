@@ -12,7 +12,7 @@ import transformers
 from conftest import make_configs, make_tokenizer
 from distill.export.bundle import ExportOptions
 from distill.student import average
-from distill.student.average import DROPOUT, average_tokens, start_from, teacher_states
+from distill.student.average import DROPOUT, average_tokens, frequent_bigrams, start_from, teacher_states
 from distill.student.shape import Shape
 from distill.student.training import StudentOptions
 from distill.student.vocabulary import share_rows, shared_rows
@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from distill import Classifier, DistillError, export_student, train_student
 from distill.artifact import Manifest, read_manifest
+from distill.averaging import SLOTS, AveragingConfig, AveragingForSequenceClassification, depth, slot_of
 from distill.data import load_data
-from distill.idle_layers import depth, idle_layers_left_out
 from distill.models import load_model, load_tokenizer, text_logits
 from distill.predictions import read_predictions
 from distill.trainer import LossTrainer
@@ -35,7 +35,10 @@ def _average(config):
     torch.manual_seed(0)
     model = transformers.AutoModelForSequenceClassification.from_config(config)
     model.resize_token_embeddings(len(make_tokenizer()))
-    return average_tokens(model, make_tokenizer()).eval(), model
+    student = average_tokens(model, make_tokenizer(), bigrams=[(7, 7), (7, 9)]).eval()
+    with torch.no_grad():
+        student.bigrams.weight[1:].normal_()
+    return student, model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,30 +68,62 @@ def test_its_logits_are_those_of_the_formula():
     def norm(values, name):
         return F.layer_norm(values, (32,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-5)
 
-    tokens = weights["model.embeddings.tok_embeddings.weight"][ids[0, :5]]
-    mean = norm(norm(tokens, "model.embeddings.norm"), "model.final_norm").mean(dim=0)
-    hidden = norm(F.gelu(mean @ weights["head.dense.weight"].T + weights["head.dense.bias"]), "head.norm")
+    tokens = norm(weights["tokens.weight"][ids[0, :5]], "token_norm")
+    pairs = weights["bigrams.weight"][[0, 0, 1, 2, 0]]  # 7 7 and 7 9
+    mean = norm(tokens + pairs, "norm").mean(dim=0)
+    hidden = norm(F.gelu(mean @ weights["dense.weight"].T + weights["dense.bias"]), "dense_norm")
     torch.testing.assert_close(found[0], hidden @ weights["classifier.weight"].T + weights["classifier.bias"])
 
 
-def test_what_it_leaves_out_changes_nothing_and_comes_back():
-    student, model = _average(FAMILIES["bert"])
-    ids, mask = torch.arange(5, 25).reshape(2, 10), torch.tensor([[1] * 10, [1] * 6 + [0] * 4])
-    for one, layers in ((student, 0), (model.eval(), 2)):
-        before, names = one(input_ids=ids, attention_mask=mask).logits, list(one.state_dict())
-        with idle_layers_left_out(one):
-            torch.testing.assert_close(one(input_ids=ids, attention_mask=mask).logits, before)
-            assert depth(one) == layers
-            assert (list(one.state_dict()) == names) is bool(layers)
-        assert list(one.state_dict()) == names
-    for name, weight in student.named_parameters():
-        assert weight.requires_grad is (".layers." not in name)
+def test_bigrams_that_occur_twice_are_known_the_most_frequent_first():
+    tokenizer = make_tokenizer()
+    texts = ["great phone", "great phone it was", "it was great", "awful phone"]
+    great, phone, it, was = tokenizer.convert_tokens_to_ids(["great", "phone", "it", "was"])
+    begin, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    found = frequent_bigrams(tokenizer, texts)
+    assert found == sorted([(begin, great), (great, phone), (it, was), (phone, end)])
+    assert frequent_bigrams(tokenizer, [*texts, "my it was"], 1) == [(it, was)]
+    assert frequent_bigrams(tokenizer, ["great", "awful"]) == []
+
+
+def test_a_bigram_is_read_in_its_order_and_nothing_else_is_read_as_it():
+    student, _ = _average(FAMILIES["bert"])
+
+    def logits(*ids):
+        return student(input_ids=torch.tensor([ids])).logits[0].detach()
+
+    with torch.no_grad():
+        before = {ids: logits(*ids) for ids in ((7, 9), (9, 7), (9,), (7, 1, 9))}
+        student.bigrams.weight[2] += 1  # of 7 9
+    same = {ids: torch.equal(logits(*ids), logit) for ids, logit in before.items()}
+    assert same == {(7, 9): False, (9, 7): True, (9,): True, (7, 1, 9): True}
+
+
+def test_of_bigrams_in_one_slot_the_most_frequent_is_known():
+    config = AveragingConfig(vocab_size=SLOTS, hidden_size=1, bigrams=2)
+    model = AveragingForSequenceClassification(config)
+    five, six = slot_of(torch.tensor([5, 6]), torch.zeros(2, dtype=torch.int64)).tolist()
+    other = (five - six) % SLOTS
+    model.know_bigrams([(5, 0), (6, other)])
+    assert model.slots.unique().tolist() == [0, 1]
+
+
+def test_tokens_that_share_a_row_share_its_bigrams(tmp_path):
+    student, _ = _average(FAMILIES["bert"])
+    rows = torch.arange(len(make_tokenizer()))
+    rows[11] = 9
+    expected = student(input_ids=torch.tensor([[7, 9]])).logits
+    share_rows(student, rows)
+    student.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path), ["a", "b", "c"]).eval()
+    for model in (student, again):
+        torch.testing.assert_close(model(input_ids=torch.tensor([[7, 11]])).logits, expected)
 
 
 def test_its_embeddings_are_dropped_out_as_asked():
     model = transformers.AutoModelForSequenceClassification.from_config(FAMILIES["bert"])
     for asked, found in (({}, DROPOUT), ({"dropout": 0.3}, 0.3), ({"dropout": 0.0}, 0)):
-        assert average_tokens(model, make_tokenizer(), **asked).model.embeddings.drop.p == found
+        assert average_tokens(model, make_tokenizer(), **asked).drop.p == found
 
 
 def test_texts_whose_tokens_keep_their_rows_keep_their_answers():
@@ -115,7 +150,6 @@ def student(chain, tmp_path_factory):
 def test_it_learns_and_is_read_from_its_folder_as_it_was_trained(student, chain):
     manifest = json.loads((student / "distill.json").read_text())
     assert manifest["details"]["layers"] == 0
-    assert any(".layers." in name for name in load_file(student / "model.safetensors"))
     assert manifest["metrics"]["validation"]["macro_f1"] > 0.8
     model, tokenizer = load_model(str(student), manifest["labels"]), load_tokenizer(str(student), 64)
     assert "token_type_ids" not in tokenizer(TEXTS[0])
@@ -153,7 +187,7 @@ def test_it_is_trained_further_from_its_folder(student, chain, tmp_path):
         details = train_student(replace(options, learning_rate=1e-9)).details
         after = load_model(str(options.output), manifest["labels"])
         assert details["layers"] == 0
-        torch.testing.assert_close(after.head.dense.weight, before.head.dense.weight, atol=1e-4, rtol=0)
+        torch.testing.assert_close(after.dense.weight, before.dense.weight, atol=1e-4, rtol=0)
     for changes, line in (({"layers": 1}, "only 0 layers"), ({"intermediate_size": 1}, "has no layers")):
         with pytest.raises(DistillError, match=line):
             train_student(_settings(chain, tmp_path / "s", student=str(student), **changes))
@@ -176,19 +210,30 @@ def test_all_but_its_embeddings_learns_at_the_heads_rate(chain, tmp_path, monkey
     assert [rate for rate, is_table, _ in rates if not is_table] == pytest.approx([1e-3, 1e-3])
 
 
-def test_it_starts_from_what_the_teacher_makes_of_each_token(chain, tmp_path):
+def test_it_starts_from_what_the_teacher_makes_of_tokens_and_bigrams(chain, tmp_path):
     teacher = read_manifest(chain.teacher, "train-teacher")
-    states = teacher_states(chain.teacher, teacher, "cpu", "fp32")
     model, tokenizer = load_model(str(chain.teacher), teacher.labels).eval(), make_tokenizer()
-    token = tokenizer("great")["input_ids"]
-    with torch.no_grad():
-        read = model(torch.tensor([token]), output_hidden_states=True).hidden_states[3][0, 1]  # of 4 layers
-    own = model.get_input_embeddings().weight[token[1]].detach()
-    expected = sum(F.layer_norm(one, one.shape, eps=0.0) for one in (read, own))
+
+    def read(text):
+        ids = tokenizer(text)["input_ids"]
+        with torch.no_grad():
+            layer = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[3][0, 1:-1]  # of 4
+        return ids[1:-1], F.layer_norm(layer, layer.shape[1:], eps=0.0)
+
+    great, of_great = read("great")
+    phone, of_phone = read("phone")
+    _, of_both = read("great phone")
+    ends = tokenizer.cls_token_id, *great
+    states, gained = teacher_states(chain.teacher, teacher, [(*great, *phone), ends], "cpu", "fp32")
+    own = model.get_input_embeddings().weight[great].detach()
+    expected = of_great + F.layer_norm(own, own.shape[1:], eps=0.0)
     assert states.shape == model.get_input_embeddings().weight.shape
-    np.testing.assert_allclose(states[token[1]], expected, atol=1e-4)
-    student = average_tokens(model, tokenizer)
-    start_from(student, states)
+    np.testing.assert_allclose(states[great], expected, atol=1e-4)
+    expected = (of_both - torch.cat([of_great, of_phone])).sum(dim=0) / 2**0.5
+    np.testing.assert_allclose(gained, torch.stack([expected, torch.zeros(32)]), atol=1e-4)
+    student = average_tokens(model, tokenizer, bigrams=[(*great, *phone), ends])
+    start_from(student, states, gained)
+    np.testing.assert_array_equal(student.bigrams.weight[1:].detach(), gained)
     table = student.get_input_embeddings().weight.detach()
     before = model.get_input_embeddings().weight.detach()
     torch.testing.assert_close(F.layer_norm(table, (32,), eps=0), F.layer_norm(torch.tensor(states), (32,)))
@@ -227,7 +272,7 @@ def test_every_family_of_teachers_is_asked_for_its_tokens(family, bare, tmp_path
         )
     tokenizer.save_pretrained(tmp_path)
     teacher = Manifest("train-teacher", ["a", "b", "c"], {}, seed=0, data={}, max_length=16)
-    found = torch.tensor(average._states(tmp_path, teacher, "cpu", "fp32"))
+    found = torch.tensor(average._Reader(tmp_path, teacher, "cpu", "fp32").tokens())
     table = model.get_input_embeddings().weight.detach()
     own = F.layer_norm(table, table.shape[1:], eps=1e-12)
     if family in ("albert", "bart"):
@@ -254,10 +299,10 @@ def test_the_teacher_is_where_it_starts_unless_a_checkpoint_is_named(student, ch
     named = {"student": str(chain.checkpoint)} if student == "a checkpoint" else {}
     with pytest.raises(ZeroDivisionError):
         train_student(_settings(chain, tmp_path / "s", layers=0, **named))
-    assert begun[0].model.embeddings.drop.p == DROPOUT
+    assert begun[0].drop.p == DROPOUT
     table = begun[0].get_input_embeddings().weight.detach()
     teacher = read_manifest(chain.teacher, "train-teacher")
-    states = torch.tensor(teacher_states(chain.teacher, teacher, "cpu", "fp32"))
+    states = torch.tensor(teacher_states(chain.teacher, teacher, [], "cpu", "fp32")[0])
     like = F.cosine_similarity(table, states - states.mean(dim=1, keepdim=True)).min()
     assert bool(like > 0.999) is not bool(named)
 
@@ -265,9 +310,9 @@ def test_the_teacher_is_where_it_starts_unless_a_checkpoint_is_named(student, ch
 def test_its_parameters_are_those_that_answer(student):
     manifest = json.loads((student / "distill.json").read_text())
     weights = load_file(student / "model.safetensors")
-    assert manifest["parameters"] == sum(
-        weight.numel() for name, weight in weights.items() if ".layers." not in name
-    )
+    equal = len(weights["tokens.weight"]) - manifest["details"]["vocabulary"]
+    learnt = sum(weight.numel() for weight in weights.values() if weight.is_floating_point())
+    assert manifest["parameters"] == learnt - equal * weights["tokens.weight"].shape[1]
 
 
 def test_a_resumed_run_measures_no_speed_again(chain, tmp_path, monkeypatch):
