@@ -120,6 +120,7 @@ def training_arguments(
         gradient_checkpointing=cut.recompute,
         # The re-entrant kind gives no gradient to anything after frozen embeddings.
         gradient_checkpointing_kwargs={"use_reentrant": False} if cut.recompute else None,
+        ddp_broadcast_buffers=False,  # ours are constants, alike in all processes
         optim=OPTIMIZERS[cut.optimizer],
         learning_rate=options.learning_rate,
         **_of_this_version(options),

@@ -28,7 +28,7 @@ class AveragingConfig(PretrainedConfig):  # type: ignore[misc]
         hidden_size: width of all embeddings.
         bigrams: how many pairs of tokens have one.
         embedding_dropout: share of their features that is left out in training.
-        shared: whether some tokens are read as others.
+        shared: whether some tokens are read as others in bigrams.
     """
 
     model_type = "averaging"
@@ -56,7 +56,6 @@ class AveragingForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
     """
 
     config_class = AveragingConfig
-    base_model_prefix = "encoder"
 
     def __init__(self, config: AveragingConfig) -> None:
         super().__init__(config)
@@ -93,18 +92,22 @@ class AveragingForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         self.tokens = value
 
     def know_bigrams(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Give these pairs of tokens, as many as `config.bigrams`, a row of zeros each."""
+        """Give these pairs of tokens, as many as `config.bigrams`, a row of nearly zero each."""
         self.pairs.copy_(torch.tensor(list(pairs)))
         self.slots.zero_()
         # Of pairs in one slot the first, which is the most frequent, has it.
         for row, slot in reversed(list(enumerate(slot_of(*self.pairs.T).tolist(), start=1))):
             self.slots[slot] = row
-        nn.init.zeros_(self.bigrams.weight)
+        nn.init.normal_(self.bigrams.weight, std=1e-3)  # no two alike, which export would store once
+        nn.init.zeros_(self.bigrams.weight[0])
 
     def share(self, tokens: torch.Tensor) -> None:
-        """From now on read every token as the one that `tokens`, shape (vocabulary,), names for it."""
+        """From now on take bigrams to be of what `tokens`, shape (vocabulary,), names for every token."""
+        tokens = tokens.to(self.device)
+        if self.config.shared:
+            tokens = self.stands_for[tokens]
         self.config.shared = True
-        self.register_buffer("stands_for", tokens.to(self.device, torch.int32))
+        self.register_buffer("stands_for", tokens.int())
 
     def forward(
         self,
@@ -114,21 +117,22 @@ class AveragingForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         **_: Any,
     ) -> SequenceClassifierOutput:
         """Logits, shape (texts, classes), of tokens and their mask, both of shape (texts, tokens)."""
-        if self.config.shared:
-            input_ids = _look_up(self.stands_for, input_ids)
         rows = input_ids if self.rows is None else self.rows[input_ids]
         read = self.token_norm(self.tokens(rows))
         if self.config.bigrams:
-            none = torch.zeros_like(input_ids[:, :1], dtype=torch.int32)  # before the first token
-            slots = slot_of(input_ids[:, :-1], input_ids[:, 1:])
-            pairs = _look_up(self.slots, slots)
+            ids = _look_up(self.stands_for, input_ids) if self.config.shared else input_ids
+            none = torch.zeros_like(ids[:, :1], dtype=torch.int32)  # before the first token
+            pairs = _look_up(self.slots, slot_of(ids[:, :-1], ids[:, 1:]))
             read = read + self.bigrams(torch.cat([none, pairs], dim=1))
         read = self.norm(self.drop(read))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         weight = mask.unsqueeze(-1).to(read.dtype)
-        mean = (read * weight).sum(dim=1) / weight.sum(dim=1)
+        mean = (read * weight).sum(dim=1) / (weight.sum(dim=1) + 1e-9)  # of no tokens at all it is 0
         logits = self.classifier(self.dense_norm(F.gelu(self.dense(mean))))
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+        loss = None
+        if labels is not None:
+            several = self.config.problem_type == "multi_label_classification"
+            loss = (F.binary_cross_entropy_with_logits if several else F.cross_entropy)(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 

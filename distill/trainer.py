@@ -169,7 +169,7 @@ class LossTrainer(Trainer):
         """As the Trainer does, but with a learning rate of its own for what is new.
 
         A head and adapters have further to go than pre-trained weights, which the other rate suits. Without
-        layers all is new but the embeddings.
+        layers all is new but the embeddings of tokens.
         """
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))

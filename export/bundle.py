@@ -101,7 +101,7 @@ def export_student(options: ExportOptions) -> Manifest:
     return manifest
 
 
-def _write_config(student: Path, folder: Path) -> None:
+def _write_config(student: Path, folder: Path, max_length: int) -> None:
     """Say what Optimum and transformers.js go by when they run a graph: the kind of model, and its labels.
 
     They do not know a student without layers; the graph of a DistilBERT has the same inputs and output.
@@ -109,6 +109,7 @@ def _write_config(student: Path, folder: Path) -> None:
     config = json.loads((student / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] == AveragingConfig.model_type:
         config |= {"model_type": "distilbert", "architectures": ["DistilBertForSequenceClassification"]}
+        config["max_position_embeddings"] = max_length
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
@@ -116,7 +117,7 @@ def _fill(folder: Path, exported: Path, options: ExportOptions, manifest: Manife
     _place(exported, folder, manifest)
     tokenizer = load_tokenizer(str(options.student), manifest.max_length, "--student", manifest.long_texts)
     tokenizer.save_pretrained(folder)
-    _write_config(options.student, folder)
+    _write_config(options.student, folder, manifest.max_length)
     for path in folder.iterdir():
         if path.is_file() and path.name not in TOKENIZER_FILES:
             path.unlink()

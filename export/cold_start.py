@@ -39,6 +39,9 @@ import json, sys
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 given = json.load(sys.stdin)
+with open(given["folder"] + "/config.json", encoding="utf-8") as config:
+    if json.load(config)["model_type"] == "averaging":
+        import distill.averaging
 model = AutoModelForSequenceClassification.from_pretrained(given["folder"]).eval()
 tokenizer = AutoTokenizer.from_pretrained(given["folder"])
 with torch.inference_mode():

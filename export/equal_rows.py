@@ -7,10 +7,11 @@ import numpy as np
 import onnx
 from distill.export.surgery import attributes, replace_nodes
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 MOST = 0.75  # of the rows; leaving out fewer is not worth another lookup
 ROW = "_row"  # ends the name of a table of row numbers
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 LOOKUPS = {"Gather": (0, 1), "EmbedLayerNormalization": (2, 0)}  # which inputs are the table and the ids
 
 
@@ -26,7 +27,8 @@ def store_equal_rows_once(model: onnx.ModelProto) -> bool:
     for node in model.graph.node:
         place, ids = LOOKUPS.get(node.op_type, (0, 0))
         table = constants.get(node.input[place]) if node.op_type in LOOKUPS else None
-        if table is not None and len(table.dims) == 2 and attributes(node).get("axis", 0) == 0:
+        floats = table is not None and table.data_type in FLOATS and len(table.dims) == 2
+        if table is not None and floats and attributes(node).get("axis", 0) == 0:
             values = numpy_helper.to_array(table)
             numbers, first = _distinct(values)
             if len(first) <= MOST * len(values):

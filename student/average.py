@@ -28,6 +28,7 @@ SPECIAL = ("pad", "cls", "sep", "bos", "eos")  # tokens that a configuration nam
 DROPOUT = 0.2  # of embeddings, where nothing else is asked for
 BIGRAMS = 16_384  # the most that have an embedding
 LEAST = 2  # times that one occurs
+COUNTED = 2_000_000  # different ones at a time
 TEXTS = 1000  # that are tokenized at once
 BATCH = 512  # tokens that are read at a time, each as a text of its own
 
@@ -72,13 +73,16 @@ def frequent_bigrams(tokenizer: Any, texts: Iterable[Text], most: int | None = N
         texts: what the student learns on.
         most: how many to return at most; `BIGRAMS` when left out.
     """
-    texts = iter(texts)
+    most = BIGRAMS if most is None else most
+    texts = iter(texts if most else ())
     counts: Counter[tuple[int, int]] = Counter()
     while batch := list(islice(texts, TEXTS)):
         for ids in encode(batch, tokenizer).columns["input_ids"]:
             counts.update(pairwise(ids))
+        if len(counts) > COUNTED:  # rare ones of the texts so far
+            counts = Counter({pair: count for pair, count in counts.items() if count >= LEAST})
     found = sorted((-count, pair) for pair, count in counts.items() if count >= LEAST)
-    return [pair for _, pair in found[: BIGRAMS if most is None else most]]
+    return [pair for _, pair in found[:most]]
 
 
 def teacher_states(
@@ -90,7 +94,7 @@ def teacher_states(
     https://github.com/MinishLab/model2vec) does with a model of sentences, here after fine-tuning and two
     thirds up the layers. To that the token's own embedding is added, both with mean 0 and deviation 1. So a
     word that no training text has starts beside those that the teacher reads alike. Of a bigram it is what
-    the two tokens' states gain from each other; zero for those with a token that stands at every text's end.
+    the two tokens' states gain from each other; zero for those with a special token.
     The embeddings alone serve, and zeros, where they are narrower than the states (ALBERT, small ELECTRAs),
     and of teachers that have a decoder beside their encoder.
 
@@ -109,12 +113,16 @@ def teacher_states(
     of_pairs = of_tokens.with_name(f"bigram_states_{hashlib.sha256(pairs.tobytes()).hexdigest()[:16]}.npy")
 
     def kept() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        if not (of_tokens.is_file() and of_pairs.is_file()):
-            reader = _Reader(teacher, manifest, device, precision)
-            if not of_tokens.is_file():
-                _write(of_tokens, reader.tokens())
-            _write(of_pairs, reader.bigrams(pairs, np.load(of_tokens)))
-        return np.load(of_tokens), np.load(of_pairs)
+        missing = [
+            file for file in ((of_tokens, of_pairs) if len(pairs) else (of_tokens,)) if not file.is_file()
+        ]
+        reader = _Reader(teacher, manifest, device, precision) if missing else None
+        if reader and of_tokens in missing:
+            _write(of_tokens, reader.tokens())
+        tokens = np.load(of_tokens)
+        if reader and of_pairs in missing:
+            _write(of_pairs, reader.bigrams(pairs, tokens))
+        return tokens, np.load(of_pairs) if len(pairs) else np.zeros((0, tokens.shape[1]), tokens.dtype)
 
     return ahead(kept)
 

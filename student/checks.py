@@ -42,5 +42,15 @@ def _check_shape(options: Mapping[str, Any]) -> None:
             raise DistillError(
                 f"--{name.replace('_', '-')}: without layers there are no {parts}; leave it out"
             )
-    if options["bigrams"] is not None and (options["bigrams"] < 0 or options["layers"] != 0):
-        raise DistillError(f"--bigrams {options['bigrams']}: give a number from 0 on, and --layers 0 with it")
+    if options["bigrams"] is not None and options["bigrams"] < 0:
+        raise DistillError(f"--bigrams {options['bigrams']}: give a number from 0 on")
+    if options["bigrams"] is not None and (options["layers"] or not given):
+        raise DistillError("--bigrams: only a student without layers has them; give --layers 0 with it")
+
+
+def refuse_bigrams(asked: int | None, layerless: bool) -> None:
+    """Refuse a number of bigrams for a checkpoint that has learnt its own."""
+    if asked is not None and layerless:
+        raise DistillError(
+            f"--bigrams {asked}: the student's checkpoint has no layers, and bigrams of its own; leave it out"
+        )

@@ -49,7 +49,7 @@ class Milliseconds(click.ParamType):
 @click.option(
     "--layers",
     type=click.IntRange(min=0),
-    help="Keep this many layers, evenly spaced, or the last alone; 0 for the mean of token embeddings "
+    help="Keep this many layers, evenly spaced, or the last alone; 0 for the mean of embeddings "
     "[half, without --student].",
 )
 @click.option(

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from distill.student.architecture import cut_positions, keep_layers
 from distill.student.average import average_tokens, frequent_bigrams, start_from, teacher_states
-from distill.student.checks import check_options
+from distill.student.checks import check_options, refuse_bigrams
 from distill.student.corpus import in_windows, unlabeled_text, with_soft_labels
 from distill.student.heads import keep_heads
 from distill.student.losses import distillation_loss, hard_label_loss
@@ -78,8 +78,13 @@ class StudentOptions(TrainingOptions):
     workers: int | None = None
 
 
-def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Dataset) -> tuple[Any, Any, Shape]:
-    """Load the student's checkpoint, of which it may keep a part, and its tokenizer; tell what it keeps."""
+def _build(
+    options: StudentOptions, teacher: Manifest, data: Data, corpus: Dataset
+) -> tuple[Any, Any, Shape, bool]:
+    """Load the student's checkpoint, of which it may keep a part, and its tokenizer.
+
+    Tells what it keeps, and whether its embeddings are to start from the teacher.
+    """
     checkpoint = options.student or str(teacher.options["model"])
     length = min(options.max_length, teacher.max_length)
     tokenizer = load_tokenizer(checkpoint, length, "--student", teacher.long_texts)
@@ -89,6 +94,7 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
     )
 
     pairs, total = bool(data.columns.text_pair), depth(model)
+    refuse_bigrams(options.bigrams, is_layerless(model))
 
     @cache
     def bigrams() -> list[tuple[int, int]]:
@@ -127,7 +133,8 @@ def _build(options: StudentOptions, teacher: Manifest, data: Data, corpus: Datas
     if is_layerless(built):  # it does not read which text of a pair a token is of
         names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    return built, tokenizer, shape
+    from_teacher = is_layerless(built) and not is_layerless(model) and options.student is None
+    return built, tokenizer, shape, from_teacher
 
 
 def _similar_words(folder: Path, teacher: Manifest, corpus: Dataset) -> dict[str, tuple[str, ...]]:
@@ -184,9 +191,8 @@ def _fit(options: StudentOptions) -> _Fitted:
     unlabeled = [unlabeled_text(options.unlabeled, columns, held_out)] if options.unlabeled else []
     corpus = concatenate_datasets([data.splits["train"].remove_columns("label"), *unlabeled])
     budget = budget_of(options.augment, len(data.splits["train"])) if options.augment else 0
-    model, tokenizer, shape = _build(options, teacher, data, corpus)
+    model, tokenizer, shape, from_teacher = _build(options, teacher, data, corpus)
     parent = manifest_hash(options.teacher)
-    from_teacher = is_layerless(model) and options.student is None
     recipe = _recipe(options, shape, parent, data, corpus, from_teacher)
     resume_from = once(partial(prepare_checkpoints, options, recipe, "train-student"))
     if from_teacher:
@@ -250,7 +256,7 @@ def _recipe(
     if count() > 1:
         recipe["processes"] = count()
     if from_teacher:
-        recipe["embeddings"] = "the teacher's states"
+        recipe["embeddings"] = "the teacher's states, and what bigrams gain"
     return recipe
 
 
@@ -315,6 +321,7 @@ def train_student(options: StudentOptions) -> Manifest:
             "layers": depth(trained.model),
             **{name: kept for name, kept in asdict(fitted.shape).items() if name != "layers" and kept},
             "vocabulary": rows,
+            **({"bigrams": trained.model.config.bigrams} if is_layerless(trained.model) else {}),
             "teacher_temperature": fitted.teacher_temperature,
             "steps": trained.steps(),
             **trained.long,

@@ -4,8 +4,8 @@ Most of a small student's file is its embedding table, and a corpus uses a fract
 tokens of the corpus keep a row of their own; every other token reads the row of the one that the table, as
 it is before training, holds to be most like it, in training already. The tokenizer stays as it is, so a
 text whose tokens all have rows of their own is answered as before, and a token that was never seen is read
-as one that was. The student's folder has the whole table, equal rows and all, which plain transformers
-reads; export stores equal rows once (export/equal_rows.py).
+as one that was. The student's folder has the whole table, equal rows and all, as transformers reads
+it; export stores equal rows once (export/equal_rows.py).
 """
 
 from collections import Counter
@@ -69,7 +69,7 @@ def share_rows(model: Any, rows: torch.Tensor) -> None:
     table = model.get_input_embeddings().weight
     with torch.no_grad():
         table.copy_(table[rows.to(table.device)])
-    if is_layerless(model):
+    if is_layerless(model) and model.config.bigrams:
         model.share(rows)
 
 

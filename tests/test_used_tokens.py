@@ -83,6 +83,20 @@ def test_a_model_that_has_bigrams_finds_its_rows_itself(tmp_path):
         torch.testing.assert_close(weight, trained, msg=name, atol=1e-6, rtol=1e-4)
 
 
+def test_a_token_may_be_read_in_bigrams_as_one_that_no_text_has(tmp_path):
+    texts, tokenizer = _texts(), _tokenizer()
+    model = _model(AveragingConfig(hidden_size=32, bigrams=1))
+    model.know_bigrams([(300, 300)])
+    model.share(torch.full((ROWS,), 300))
+    model.bigrams.weight.data[1].normal_()
+    batch = Collator(tokenizer)(list(texts))
+    labels = batch.pop("labels")
+    expected = model(**batch).logits
+    with used_tokens_only(model, tokenizer, [texts], "cpu", tmp_path / "t.npy"):
+        assert len(model.tokens.weight) < 70 and len(labels)
+        torch.testing.assert_close(model(**batch).logits, expected)
+
+
 def _shared():
     model = _model(make_configs(1)["bert"])
     model.again = torch.nn.Linear(32, ROWS, bias=False)

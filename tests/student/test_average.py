@@ -11,6 +11,8 @@ import torch
 import transformers
 from conftest import make_configs, make_tokenizer
 from distill.export.bundle import ExportOptions
+from distill.export.cold_start import cold_start
+from distill.export.onnx import default_exporter
 from distill.student import average
 from distill.student.average import DROPOUT, average_tokens, frequent_bigrams, start_from, teacher_states
 from distill.student.shape import Shape
@@ -118,6 +120,10 @@ def test_tokens_that_share_a_row_share_its_bigrams(tmp_path):
     again = load_model(str(tmp_path), ["a", "b", "c"]).eval()
     for model in (student, again):
         torch.testing.assert_close(model(input_ids=torch.tensor([[7, 11]])).logits, expected)
+    rows = torch.arange(len(make_tokenizer()))
+    rows[12] = 11
+    share_rows(again, rows)
+    torch.testing.assert_close(again(input_ids=torch.tensor([[7, 12]])).logits, expected)
 
 
 def test_its_embeddings_are_dropped_out_as_asked():
@@ -135,6 +141,23 @@ def test_texts_whose_tokens_keep_their_rows_keep_their_answers():
     assert len(rows.unique()) < len(tokenizer)
     share_rows(student, rows)
     np.testing.assert_allclose(text_logits(student, tokenizer, texts, "cpu", "fp32"), before, atol=1e-6)
+
+
+def test_a_text_without_tokens_has_finite_logits():
+    student, _ = _average(FAMILIES["bert"])
+    ids = torch.tensor([[0, 0]])
+    assert student(input_ids=ids, attention_mask=torch.zeros_like(ids)).logits.isfinite().all()
+
+
+def test_transformers_own_loss_is_that_of_the_problem():
+    student, _ = _average(FAMILIES["bert"])
+    ids = torch.tensor([[7, 9]])
+    one = student(input_ids=ids, labels=torch.tensor([1]))
+    torch.testing.assert_close(one.loss, F.cross_entropy(one.logits, torch.tensor([1])))
+    student.config.problem_type = "multi_label_classification"
+    several = torch.tensor([[1.0, 0.0, 1.0]])
+    expected = F.binary_cross_entropy_with_logits(one.logits, several)
+    torch.testing.assert_close(student(input_ids=ids, labels=several).loss, expected)
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +198,32 @@ def test_its_bundle_answers_as_it_does(student, provider, tmp_path):
         np.testing.assert_allclose(quantized.predict_logits(TEXTS), expected, atol=0.2)
 
 
+def test_its_cold_start_in_pytorch_is_measured(student):
+    seconds, megabytes = cold_start(student, "model.safetensors", "pytorch", TEXTS[:1])
+    assert seconds > 0 and megabytes > 0
+
+
+def test_optimum_opens_its_bundle(student, tmp_path):
+    if default_exporter() != "optimum":
+        pytest.skip("Optimum is not for transformers 5")
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+
+    manifest = export_student(ExportOptions(student, tmp_path / "b"))
+    model = ORTModelForSequenceClassification.from_pretrained(tmp_path / "b", subfolder="onnx")
+    tokenizer = load_tokenizer(str(tmp_path / "b"), 64)
+    found = model(**tokenizer(TEXTS[0], return_tensors="pt")).logits
+    own = load_model(str(student), manifest.labels).eval()
+    np.testing.assert_allclose(found, text_logits(own, tokenizer, TEXTS[:1], "cpu", "fp32"), atol=1e-4)
+    assert model.config.id2label == dict(enumerate(manifest.labels))
+    assert model.config.max_position_embeddings == manifest.max_length
+
+
+def test_it_may_have_no_bigrams(chain, tmp_path):
+    details = train_student(_settings(chain, tmp_path / "s", layers=0, bigrams=0, max_steps=1)).details
+    assert details["bigrams"] == 0
+    assert "bigrams.weight" not in load_file(tmp_path / "s" / "model.safetensors")
+
+
 def _settings(chain, output, **changes):
     return StudentOptions(output=output, teacher=chain.teacher, **{"precision": "fp32", **changes})
 
@@ -188,12 +237,16 @@ def test_it_is_trained_further_from_its_folder(student, chain, tmp_path):
         after = load_model(str(options.output), manifest["labels"])
         assert details["layers"] == 0
         torch.testing.assert_close(after.dense.weight, before.dense.weight, atol=1e-4, rtol=0)
-    for changes, line in (({"layers": 1}, "only 0 layers"), ({"intermediate_size": 1}, "has no layers")):
+    for changes, line in (
+        ({"layers": 1}, "only 0 layers"),
+        ({"intermediate_size": 1}, "has no layers"),
+        ({"layers": 0, "bigrams": 5}, "bigrams of its own"),
+    ):
         with pytest.raises(DistillError, match=line):
             train_student(_settings(chain, tmp_path / "s", student=str(student), **changes))
 
 
-def test_all_but_its_embeddings_learns_at_the_heads_rate(chain, tmp_path, monkeypatch):
+def test_all_but_its_tokens_learns_at_the_heads_rate(chain, tmp_path, monkeypatch):
     rates = []
 
     def create(self, *rest):
@@ -356,6 +409,9 @@ def test_a_speed_that_no_layer_has_takes_none(chain, tmp_path, monkeypatch):
     [
         (("--layers", 0, "--intermediate-size", 8), "--intermediate-size: without layers there are no"),
         (("--layers", -1), "-1 is not in the range x>=0"),
+        (("--bigrams", -1), "-1 is not in the range x>=0"),
+        (("--bigrams", 9), "--bigrams: only a student without layers has them; give --layers 0"),
+        (("--bigrams", 9, "--layers", 1), "--bigrams: only a student without layers has them"),
     ],
 )
 def test_what_it_cannot_have_is_one_line(run, chain, tmp_path, options, line):
