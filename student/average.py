@@ -39,7 +39,7 @@ def average_tokens(
     """A sequence classifier without layers: the mean of embeddings, and a small network that reads it.
 
     Args:
-        model: a sequence classifier, whose token embeddings are where the new one starts; bigrams start at
+        model: a sequence classifier, whose token embeddings are where the new one starts; bigrams start near
             zero, and the rest is drawn.
         tokenizer: its tokenizer.
         dropout: of embeddings, in training; `DROPOUT` when left out.
