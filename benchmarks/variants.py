@@ -2,7 +2,7 @@
 
 Losses that were tried and are not in the package stand here, so that their rows can be repeated.
 
-Usage: python benchmarks/ablations.py DATA --only "T = 2"
+Usage: python benchmarks/ablations.py DATA --only "T = 1"
 """
 
 import hashlib
@@ -310,7 +310,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
         {},
         partial(mock.patch.object, training, "fit_temperature", lambda *_: 1.0),
     ),
-    "T = 2": ({"temperature": 2.0}, nullcontext),
+    "T = 1": ({"temperature": 1.0}, nullcontext),
+    "T = 4": ({"temperature": 4.0}, nullcontext),
     "T from 4 to 1": ({}, _annealed),
     "squared difference of logits": ({}, _loss(logit_mse)),
     "decoupled KL": ({}, _loss(decoupled)),

@@ -94,7 +94,7 @@ class Milliseconds(click.ParamType):
     metavar="10x",
     help="Make ten texts for every training text, or a number of them, which only the teacher labels.",
 )
-@click.option("--temperature", type=RATE, default=1.0, help="Softens teacher and student alike.")
+@click.option("--temperature", type=RATE, default=2.0, help="Softens teacher and student alike.")
 @click.option("--alpha", type=SHARE, default=0.9, help="Share of the soft labels in the loss.")
 @click.option("--text-column", help="Column with the text in --unlabeled [as in the teacher's data].")
 @click.option(

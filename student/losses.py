@@ -10,7 +10,7 @@ def distillation_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
     labels: torch.Tensor,
-    temperature: float = 1.0,
+    temperature: float = 2.0,
     alpha: float = 0.9,
 ) -> torch.Tensor:
     """Soft-label loss of Hinton, Vinyals and Dean (2015), arXiv 1503.02531, with hard labels if any.

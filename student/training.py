@@ -70,7 +70,7 @@ class StudentOptions(TrainingOptions):
     bigrams: int | None = None
     unlabeled: str | None = None
     augment: str | None = None
-    temperature: float = 1.0
+    temperature: float = 2.0
     alpha: float = 0.9
     text_column: str | None = None
     engine: str = "local"
