@@ -73,10 +73,10 @@ def shapes(model: Any, asked: Shape, build: Callable[[Shape], Any], layerless: b
     """Shapes that a student of `model` may have, the fastest first.
 
     Narrow layers have an eighth of the neurons and half of the heads, and multiply a quarter as often as
-    whole ones. Two of them keep as much as one that is whole, or a little more (benchmarks/README.md), and
-    whole ones that take longer follow where all narrow ones are fast enough. That order is BERT's,
-    whose last layer computes the first token alone: all narrow layers take as long as 1 + (total - 1) / 4
-    whole ones. A family of which export leaves no heads out has whole layers alone.
+    whole ones. Two of them keep as much as one that is whole (benchmarks/README.md), and whole ones that take
+    longer follow where all narrow ones are fast enough. That order is BERT's, whose last layer computes the
+    first token alone: all narrow layers take as long as 1 + (total - 1) / 4 whole ones. A family of which
+    export leaves no heads out has whole layers alone.
 
     Args:
         model: the checkpoint's sequence classifier.
