@@ -45,7 +45,7 @@ SEEDS = (1, 2, 3)
 FAST = ("--learning-rate", "3e-4", "--batch-size", "64")
 AUGMENT, EPOCHS = 40_000, 5
 RECIPE = ("--augment", str(AUGMENT), "--epochs", str(EPOCHS), *FAST)
-SEEDED, LAYERS = (0, 2), (1, 3, 6)  # layers of the students
+SEEDED, LAYERS = (0,), (1,)  # layers of the students
 NARROW = ("--intermediate-size", "192", "--attention-heads", "6")  # of 1,536 and 12 of MiniLM-L6
 BESIDE = 2  # students that train at the same time
 LAST = f"_seed{SEEDS[-1]}"  # of a student whose shape has all seeds
@@ -264,7 +264,7 @@ def _over_seeds(
     "--layers", "depths", type=int, multiple=True, default=LAYERS, help="Other depths, with the teacher."
 )
 @click.option(
-    "--seeds", type=click.IntRange(1, len(SEEDS)), default=1, help="How many seeds the other depths have."
+    "--seeds", type=click.IntRange(1, len(SEEDS)), default=len(SEEDS), help="How many seeds the other depths have."
 )
 @click.option(
     "--narrow", type=click.IntRange(1), multiple=True, help="Depths of narrow students, with the teacher."
