@@ -264,7 +264,10 @@ def _over_seeds(
     "--layers", "depths", type=int, multiple=True, default=LAYERS, help="Other depths, with the teacher."
 )
 @click.option(
-    "--seeds", type=click.IntRange(1, len(SEEDS)), default=len(SEEDS), help="How many seeds the other depths have."
+    "--seeds",
+    type=click.IntRange(1, len(SEEDS)),
+    default=len(SEEDS),
+    help="How many seeds the other depths have.",
 )
 @click.option(
     "--narrow", type=click.IntRange(1), multiple=True, help="Depths of narrow students, with the teacher."

@@ -47,9 +47,7 @@ def _merged(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def table(name: str, result: dict[str, Any]) -> str:
     """Markdown of one set."""
     narrow = f"; narrow ones with `{result['narrow']}`" if "narrow" in result else ""
-    begun = "the embeddings of the others' checkpoint, in an earlier way"
-    if "layerless" in result:
-        begun = f"{result['layerless']}, without a teacher from the teacher's own checkpoint (`--student`)"
+    begun = f"{result['layerless']}, without a teacher from the teacher's own checkpoint (`--student`)"
     lines = [
         f"## {name}",
         "",
