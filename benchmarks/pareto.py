@@ -212,7 +212,6 @@ def evaluate(student: str, students: Sequence[str]) -> dict[str, Any]:
         "versions": manifest.versions,
         "recipe": " ".join(RECIPE),
         "recipe_alone": " ".join(_alone()),
-        "layerless": "the teacher",
         **({"narrow": " ".join(NARROW)} if any("_narrow" in name for name in students) else {}),
         "rows": data.manifest()["rows"],
         "classes": classes,

@@ -47,13 +47,13 @@ def _merged(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def table(name: str, result: dict[str, Any]) -> str:
     """Markdown of one set."""
     narrow = f"; narrow ones with `{result['narrow']}`" if "narrow" in result else ""
-    begun = f"{result['layerless']}, without a teacher from the teacher's own checkpoint (`--student`)"
     lines = [
         f"## {name}",
         "",
         f"{result['classes']} classes; {result['rows']['train']:,} texts for training, "
         f"{result['rows']['test']:,} for the test; {result['cpu']}. Students: `distill train-student "
-        f"{result['recipe']}`{narrow}; without layers they start from {begun}; without a teacher: "
+        f"{result['recipe']}`{narrow}; without layers they start from the teacher, "
+        "without a teacher from the teacher's own checkpoint (`--student`); without a teacher: "
         f"`distill train-student {result['recipe_alone']}`.",
         "",
         "| version | macro-F1 | before INT8 | kept | ms | times as fast | MB |",
@@ -103,7 +103,8 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
         loc="upper center",
         bbox_to_anchor=(0.5, 0.0),
     )
-    figure.savefig(path, bbox_inches="tight")
+    plt.rcParams["svg.hashsalt"] = "pareto"  # the same plot is the same file
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
 
 
 def main() -> None:
