@@ -60,6 +60,11 @@ def add_adapters(model: Any, rank: int) -> Any:
         kind = model.config.model_type
         raise DistillError(f"--lora: a model of type {kind} has no linear layer to adapt; leave it out")
     turned = any(isinstance(module, Conv1D) for module in model.modules())
+    for module in model.modules():
+        # On a CPU with AVX512-BF16 bitsandbytes would pack 4-bit weights at the first evaluation, into a form
+        # that only widths divisible by 64 have, and that is not merged with adapters.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return get_peft_model(
         model,
         LoraConfig(
