@@ -319,6 +319,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[An
     "no hard labels": ({"alpha": 1.0}, nullcontext),
     "no dropout": ({"dropout": 0.0}, nullcontext),
     **{f"{rows:,} rows of tokens": ({"vocabulary": rows}, nullcontext) for rows in (1000, 2000, 3000)},
+    "the teacher's hidden states first": ({"hidden_epochs": 2.0}, nullcontext),
     "two teachers": ({}, _two_teachers),
     "the teacher's features too": ({}, _with_features),
     "the teacher's relations too": ({}, _with_relations),

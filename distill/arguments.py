@@ -131,7 +131,7 @@ def training_arguments(
         load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True,
         metric_for_best_model=criterion,
-        label_names=["labels", "document"] if in_windows else None,
+        label_names=["labels", "document"] if in_windows else ["labels"],
         greater_is_better=criterion != "loss",
         remove_unused_columns=False,
         bf16=precision == "bf16",

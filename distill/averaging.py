@@ -114,9 +114,13 @@ class AveragingForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
         **_: Any,
     ) -> SequenceClassifierOutput:
-        """Logits, shape (texts, classes), of tokens and their mask, both of shape (texts, tokens)."""
+        """Logits, shape (texts, classes), of tokens and their mask, both of shape (texts, tokens).
+
+        Hidden states, where asked for, are what the mean is of, shape (texts, tokens, width).
+        """
         rows = input_ids if self.rows is None else self.rows[input_ids]
         read = self.token_norm(self.tokens(rows))
         if self.config.bigrams:
@@ -133,7 +137,8 @@ class AveragingForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         if labels is not None:
             several = self.config.problem_type == "multi_label_classification"
             loss = (F.binary_cross_entropy_with_logits if several else F.cross_entropy)(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        states = (read,) if output_hidden_states else None
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=states)
 
 
 def _look_up(numbers: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -75,6 +75,8 @@ class ProgressCallback(TrainerCallback):
                 "%s: epoch %.2f, validation %smacro-F1 %.4f, accuracy %.4f",
                 self.title, state.epoch, loss, *scores,
             )  # fmt: skip
+        elif "eval_loss" in metrics and state.epoch:
+            logger.info("%s: epoch %.2f, validation loss %.4f", self.title, state.epoch, metrics["eval_loss"])
 
     def close(self) -> None:
         """Take the bar away, also after an interruption."""

@@ -101,6 +101,8 @@ class Collator:
             )
         if "document" in rows[0]:
             batch["document"] = torch.tensor([row["document"] for row in rows])
+        if "row" in rows[0]:
+            batch["row"] = torch.tensor([row["row"] for row in rows])
         return batch
 
 
@@ -130,7 +132,7 @@ def _keep_tables_at_32_bits(model: Any) -> None:
             manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 
-BEYOND_THE_MODEL = ("labels", "teacher_logits", "document")
+BEYOND_THE_MODEL = ("labels", "teacher_logits", "document", "row")
 
 
 class LossTrainer(Trainer):

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def fit(
     loss: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor],
     title: str,
     resume_from: str | None,
+    scored: bool = True,
 ) -> Trained:
     """Train with early stopping on validation; the best weights are kept.
 
@@ -81,6 +82,8 @@ def fit(
             Labels come as integers, shape (batch,), or as 0 and 1, shape (batch, classes).
         title: what the progress display says.
         resume_from: a checkpoint folder or None.
+        scored: whether the model gives logits of classes, of each text; else they are what `loss` takes, of
+            every token, and the best weights are those of the lowest loss.
     """
     device = choose_device(options.device)
     precision = choose_precision(device, options.precision)
@@ -94,7 +97,9 @@ def fit(
     if options.freeze_embeddings:
         model.get_input_embeddings().weight.requires_grad_(False)
 
-    in_windows, criterion = "document" in validation.column_names, _criterion(validation)
+    in_windows = "document" in validation.column_names
+    criterion = _criterion(validation) if scored else "loss"
+    watch = [Watch()] if scored else []
 
     def attempt(cut: Plan, resume_from: str | None) -> LossTrainer | None:
         """Train; None where memory was too short."""
@@ -106,8 +111,8 @@ def fit(
             eval_dataset=validation,
             processing_class=tokenizer,
             data_collator=collate,
-            compute_metrics=_scorer(classes, in_windows),
-            callbacks=[progress, SaveInTime(), Watch(), EarlyStoppingCallback(options.patience)],
+            compute_metrics=_scorer(classes, in_windows) if scored else None,
+            callbacks=[progress, SaveInTime(), *watch, EarlyStoppingCallback(options.patience)],
             loss=loss,
             head_learning_rate=options.head_learning_rate,
         )
@@ -134,10 +139,11 @@ def fit(
 
     rows = "windows" if in_windows else "texts"
     logger.info("%s: %d %s on %s in %s", title, len(train), rows, device, precision)
-    long = _tell_long(train, tokenizer, title)
+    long = _tell_long(train, tokenizer, title) if scored else {}
     kind = type(model)
     record = options.checkpoints / "tokens.npy"
-    with _unread_left_out(model, tokenizer, [train, validation], device, record, resume_from) as collate:
+    texts = [train, validation]
+    with _unread_left_out(model, tokenizer, texts, device, record, resume_from, scored) as collate:
         cut = processes.once(lambda: _cut(model, collate, train, options, device, precision, title))
         # What an attempt that ran out of memory has changed is put back.
         start = _trained_weights(model) if device in KEEPING_START and processes.count() == 1 else {}
@@ -167,15 +173,24 @@ def _best_score(state: Any) -> float:
 
 @contextmanager
 def _unread_left_out(
-    model: Any, tokenizer: Any, texts: list[Dataset], device: str, record: Path, resume_from: str | None
+    model: Any,
+    tokenizer: Any,
+    texts: list[Dataset],
+    device: str,
+    record: Path,
+    resume_from: str | None,
+    first_token: bool = True,
 ) -> Iterator[Collator]:
-    """Within it a model computes no tokens and trains no embeddings that nobody reads; gives its collator."""
+    """Within it a model computes no tokens and trains no embeddings that nobody reads; gives its collator.
+
+    Every token's state is read where not `first_token`.
+    """
     if sharded():
         yield Collator(tokenizer)
         return
     classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
     used = used_tokens_only(model, tokenizer, texts, device, record, resumed=resume_from is not None)
-    with first_token_only(classifier), used as new_ids:
+    with first_token_only(classifier) if first_token else nullcontext(), used as new_ids:
         yield Collator(tokenizer, new_ids)
 
 

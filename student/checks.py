@@ -28,6 +28,8 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise DistillError(
                 f"--{name}: with --alpha 0 the teacher's labels count for nothing; raise --alpha"
             )
+    if options["hidden_epochs"] < 0:
+        raise DistillError(f"--hidden-epochs {options['hidden_epochs']:g}: give a number from 0 on")
     if options["augment"]:
         budget_of(options["augment"], 1000)
 

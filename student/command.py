@@ -94,6 +94,12 @@ class Milliseconds(click.ParamType):
     metavar="10x",
     help="Make ten texts for every training text, or a number of them, which only the teacher labels.",
 )
+@click.option(
+    "--hidden-epochs",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Epochs in which the student learns the teacher's hidden states, token by token, before its labels.",
+)
 @click.option("--temperature", type=RATE, default=2.0, help="Softens teacher and student alike.")
 @click.option("--alpha", type=SHARE, default=0.9, help="Share of the soft labels in the loss.")
 @click.option("--text-column", help="Column with the text in --unlabeled [as in the teacher's data].")

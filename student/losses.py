@@ -54,6 +54,25 @@ def hard_label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     ) / len(labels)
 
 
+def hidden_state_loss(
+    student_states: torch.Tensor, teacher_states: torch.Tensor, known: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared error of hidden states: equation 8 of TinyBERT (Jiao et al. 2020), arXiv 1909.10351.
+
+    L = mean over known tokens i and their features of (W_h h_i - z_i)^2
+
+    Args:
+        student_states: W_h h, shape (batch, tokens, width).
+        teacher_states: z, of the same shape; no gradient flows into them.
+        known: which tokens count, shape (batch, tokens); padding does not.
+
+    Returns:
+        A scalar; 0 where no token counts.
+    """
+    squares = (student_states - teacher_states.detach()).pow(2).mean(dim=-1)
+    return (squares * known).sum() / known.sum().clamp(min=1)
+
+
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(logits, dim=-1)
 

@@ -17,6 +17,7 @@ from distill.student.average import average_tokens, frequent_bigrams, start_from
 from distill.student.checks import check_options, refuse_bigrams
 from distill.student.corpus import in_windows, unlabeled_text, with_soft_labels
 from distill.student.heads import keep_heads
+from distill.student.hidden_states import learn_hidden_states, of_this_stage, refuse_two_stacks
 from distill.student.losses import distillation_loss, hard_label_loss
 from distill.student.neighbours import similar_words
 from distill.student.neurons import keep_neurons
@@ -70,6 +71,7 @@ class StudentOptions(TrainingOptions):
     bigrams: int | None = None
     unlabeled: str | None = None
     augment: str | None = None
+    hidden_epochs: float = 0.0
     temperature: float = 2.0
     alpha: float = 0.9
     text_column: str | None = None
@@ -130,6 +132,7 @@ def _build(
     elif shape.layers is None and options.student is None and total:
         shape = replace(shape, layers=max(1, total // 2))
     built = cut_positions(build(shape), tokenizer.model_max_length)
+    refuse_two_stacks(options.hidden_epochs, options.teacher, built.config)
     if is_layerless(built):  # it does not read which text of a pair a token is of
         names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
@@ -182,7 +185,7 @@ def _fit(options: StudentOptions) -> _Fitted:
     """Check everything, have the teacher label what it has not labelled yet, then train."""
     check_options(asdict(options))
     choose_precision(choose_device(options.device), options.precision)
-    once(partial(refuse_unfinished, options, "train-student"))
+    once(partial(_refuse_unfinished, options))
     teacher = read_manifest(options.teacher, "train-teacher", "--teacher")
     verify(options.teacher, teacher)
     data = ahead(partial(reload_data, teacher.data, teacher.labels, options.data))
@@ -228,6 +231,10 @@ def _fit(options: StudentOptions) -> _Fitted:
         rows = with_soft_labels(rows, unlabeled, logits / temperature)
         validation = validation.add_column("teacher_logits", list(expected / temperature))
     train = ahead(partial(tokenize, rows, tokenizer, options.checkpoints / "train.arrow", shared))
+    own = of_this_stage(options, 0 if resume_from else options.hidden_epochs)
+    texts = rows, in_windows(data.splits["validation"], tokenizer)
+    given = options.teacher, teacher
+    learn_hidden_states(model, tokenizer, texts, (train, validation), own, given, recipe)
 
     def loss(student_logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         if "teacher_logits" not in batch:
@@ -240,6 +247,16 @@ def _fit(options: StudentOptions) -> _Fitted:
     if shared is not None:
         share_rows(trained.model, shared)
     return _Fitted(data, tokenizer, trained, shared, shape, extra, parent, temperature)
+
+
+def _stages(options: StudentOptions) -> tuple[TrainingOptions, TrainingOptions]:
+    """How it learns hidden states, and how it learns labels."""
+    return of_this_stage(options, options.hidden_epochs), options
+
+
+def _refuse_unfinished(options: StudentOptions) -> None:
+    for stage in _stages(options):
+        refuse_unfinished(stage, "train-student")
 
 
 def _recipe(
@@ -333,7 +350,8 @@ def train_student(options: StudentOptions) -> Manifest:
             trained.model.to("cpu").save_pretrained(folder, safe_serialization=True)
             tokenizer.save_pretrained(folder)
             write_predictions(folder, data.splits, {"student": predictions})
-        discard_checkpoints(options)
+        for stage in _stages(options):
+            discard_checkpoints(stage)
         return manifest
 
     return once(finish)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from distill.student.losses import UNLABELED, distillation_loss, hard_label_loss
+from distill.student.losses import UNLABELED, distillation_loss, hard_label_loss, hidden_state_loss
 from scipy.special import log_softmax, rel_entr, softmax
 from torch.distributions import Bernoulli, Independent, kl_divergence
 from torch.nn import functional as F
@@ -107,3 +107,17 @@ def test_gradient_with_several_labels_passes_gradcheck_and_unlabelled_rows_have_
     assert torch.autograd.gradcheck(lambda z: distillation_loss(z, teacher, labels, 3.0, 0.7), (student,))
     hard_label_loss(student, labels).backward()
     assert not student.grad[2].any() and student.grad[[0, 1, 3, 4, 5]].all()
+
+
+def test_hidden_state_loss_equals_an_independent_computation_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64)
+    known = torch.rand(3, 5, generator=generator) < 0.6
+    squares = [
+        ((student[text, token] - teacher[text, token]) ** 2).mean().item()
+        for text, token in known.nonzero().tolist()
+    ]
+    assert hidden_state_loss(student, teacher, known).item() == pytest.approx(np.mean(squares), rel=1e-12)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda h: hidden_state_loss(h, teacher, known), (student,))
+    assert hidden_state_loss(student, teacher, known & False).item() == 0
