@@ -42,6 +42,7 @@ from distill.training import fit
 logger = logging.getLogger(__name__)
 MOST = 2_000_000  # the teacher's tokens whose states are kept, each two bytes for each number of its width
 BATCH_TOKENS = 4096  # that the teacher reads at a time, padding included
+FASTER = 5  # times the rate of the labels: states lie further from what was pre-trained than they
 TEXTS = 1000  # that are tokenized at once
 Spans = NDArray[np.int64]
 
@@ -225,9 +226,12 @@ class Reading(nn.Module):
 
 
 def of_this_stage(options: TrainingOptions, epochs: float) -> TrainingOptions:
-    """How a student learns hidden states: as its labels, with checkpoints of its own."""
+    """How a student learns hidden states: as its labels, but faster, with checkpoints of its own."""
     output = options.output.with_name(f"{options.output.name}_hidden_states")
-    return replace(options, output=output, epochs=epochs, min_steps=0, patience=10**6, report_to=())
+    rate = FASTER * options.learning_rate
+    return replace(
+        options, output=output, epochs=epochs, learning_rate=rate, min_steps=0, patience=10**6, report_to=()
+    )
 
 
 def refuse_two_stacks(epochs: float, teacher: Path, student: Any) -> None:
