@@ -42,7 +42,7 @@ from distill.training import fit
 logger = logging.getLogger(__name__)
 MOST = 2_000_000  # the teacher's tokens whose states are kept, each two bytes for each number of its width
 BATCH_TOKENS = 4096  # that the teacher reads at a time, padding included
-FASTER = 5  # times the rate of the labels: states lie further from what was pre-trained than they
+FASTER = 5  # times the learning rate of the labels
 TEXTS = 1000  # that are tokenized at once
 Spans = NDArray[np.int64]
 

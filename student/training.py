@@ -221,9 +221,8 @@ def _fit(options: StudentOptions) -> _Fitted:
     def label(texts: Dataset) -> NDArray[np.float32]:
         return teacher_logits(options.teacher, teacher, texts, *how)
 
-    windows = None
-    if way_of(tokenizer) == WINDOWS and options.alpha:
-        windows = in_windows(data.splits["validation"], tokenizer)
+    held = in_windows(data.splits["validation"], tokenizer)
+    windows = held if way_of(tokenizer) == WINDOWS and options.alpha else None
     expected, temperature = _teacher_on_validation(options.teacher, label, windows)
     validation = tokenize(data.splits["validation"], tokenizer, shared=shared)
     if options.alpha:
@@ -232,9 +231,8 @@ def _fit(options: StudentOptions) -> _Fitted:
         validation = validation.add_column("teacher_logits", list(expected / temperature))
     train = ahead(partial(tokenize, rows, tokenizer, options.checkpoints / "train.arrow", shared))
     own = of_this_stage(options, 0 if resume_from else options.hidden_epochs)
-    texts = rows, in_windows(data.splits["validation"], tokenizer)
     given = options.teacher, teacher
-    learn_hidden_states(model, tokenizer, texts, (train, validation), own, given, recipe)
+    learn_hidden_states(model, tokenizer, (rows, held), (train, validation), own, given, recipe)
 
     def loss(student_logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         if "teacher_logits" not in batch:

@@ -133,7 +133,7 @@ def runs(tmp_path_factory, checkpoint):
         train_teacher(teacher)
         student = StudentOptions(
             output=place / "student", teacher=place / "teacher", layers=2, unlabeled=str(more), augment="20",
-            vocabulary=0, **common,
+            vocabulary=0, hidden_epochs=1, **common,
         )  # fmt: skip
         train_student(student)
         export = ExportOptions(
