@@ -111,6 +111,8 @@ def training_arguments(
     The best evaluation is the one with the lowest loss, if that is the criterion, or else with the highest
     score of that name.
     """
+    # The Trainer reads it before its own arguments where these ask for fp32, and it may be an earlier one's.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if precision == "fp32" else precision
     return _Arguments(
         output_dir=str(options.checkpoints),
         **length_of(options, cut, texts),

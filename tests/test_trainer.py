@@ -132,3 +132,14 @@ def test_texts_that_are_cut_are_counted_and_told(tmp_path, caplog):
     assert encoded["cut"][:] == [False, False, True, False]
     assert _tell_long(encoded, tokenizer, "Teacher") == {"truncated_share": 0.25}
     assert "25.0 % of the texts are longer than 8 tokens" in caplog.text
+
+
+def test_precision_is_what_is_asked_for_whatever_an_earlier_training_or_launcher_left(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    arguments = training_arguments(TrainingOptions(tmp_path / "run"), Plan(2, 1), "fp32", "cpu", 10)
+    assert arguments.device.type == "cpu"
+    assert Accelerator(cpu=True).mixed_precision == "no"
+    AcceleratorState._reset_state(reset_partial_state=True)
