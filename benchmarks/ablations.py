@@ -24,7 +24,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from distill.student.training import StudentOptions
+from distill.student.options import StudentOptions
 from distill.teacher.training import TeacherOptions
 from scipy.special import log_softmax
 from variants import BUDGET, EPOCHS, LAYERLESS, SECOND, VARIANTS, WITH_LAYERS

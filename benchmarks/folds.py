@@ -28,7 +28,7 @@ MIN_STEPS = 200  # as on the command line
 def _students(data: Path, model: str, seed: int, folds: int, layers: int, place: Path) -> dict[str, float]:
     """Train a teacher and both students; macro-F1 of all on validation."""
     from distill.student import soft_labels
-    from distill.student.training import StudentOptions
+    from distill.student.options import StudentOptions
     from distill.teacher.training import TeacherOptions
 
     from distill import train_student, train_teacher

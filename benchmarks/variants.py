@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from distill.student import architecture, soft_labels, training
+from distill.student import architecture, building, soft_labels, training
 from distill.student.average import start_from
 from distill.student.losses import distillation_loss, hard_label_loss
 from numpy.typing import NDArray
@@ -134,9 +134,9 @@ def _built(change: Callable[[Any], Any]) -> Iterator[None]:
         model, *rest = build(*given)
         return change(model), *rest
 
-    build = training._build
+    build = building.build_student
     with (
-        mock.patch.object(training, "_build", built),
+        mock.patch.object(training, "build_student", built),
         mock.patch.object(fitting, "used_tokens_only", lambda *_, **__: nullcontext()),
     ):
         yield
@@ -192,9 +192,9 @@ def _with_features() -> Iterator[None]:
         distance = 1 - F.cosine_similarity(student["features"].float(), expected, dim=1).mean()
         return distillation_loss(logits, kept, *rest) + distance
 
-    build, one_teacher = training._build, soft_labels.teacher_logits
+    build, one_teacher = building.build_student, soft_labels.teacher_logits
     with (
-        mock.patch.object(training, "_build", built),
+        mock.patch.object(training, "build_student", built),
         mock.patch.object(training, "teacher_logits", labelled),
         mock.patch.object(training, "distillation_loss", both),
     ):
@@ -232,9 +232,9 @@ def _with_relations() -> Iterator[None]:
             teacher["model"](**read)
         return loss + _relation_divergence(student["values"], teacher["values"], read["attention_mask"])
 
-    build = training._build
+    build = building.build_student
     with (
-        mock.patch.object(training, "_build", built),
+        mock.patch.object(training, "build_student", built),
         mock.patch.object(training, "distillation_loss", both),
         mock.patch.object(fitting, "used_tokens_only", lambda *_, **__: nullcontext()),
     ):

@@ -128,7 +128,7 @@ def train_student(as_json: bool, output: Path, **options: Any) -> None:
     read_manifest(options["teacher"], "train-teacher", "--teacher")
     say_loading()
 
-    from distill.student.training import StudentOptions
+    from distill.student.options import StudentOptions
     from distill.student.training import train_student as run
 
     show_stage(run(StudentOptions(output=output, **options)), output, as_json)

@@ -4,35 +4,33 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from distill.student.architecture import cut_positions, keep_layers
-from distill.student.average import average_tokens, frequent_bigrams, start_from, teacher_states
-from distill.student.checks import check_options, refuse_bigrams
+from distill.student.average import start_from, teacher_states
+from distill.student.building import build_student
+from distill.student.checks import check_options
 from distill.student.corpus import in_windows, unlabeled_text, with_soft_labels
-from distill.student.heads import keep_heads
-from distill.student.hidden_states import learn_hidden_states, of_this_stage, refuse_two_stacks
+from distill.student.hidden_states import learn_hidden_states, of_this_stage
 from distill.student.losses import distillation_loss, hard_label_loss
 from distill.student.neighbours import similar_words
-from distill.student.neurons import keep_neurons
-from distill.student.shape import Goal, Shape, choose_shape, shapes
+from distill.student.options import StudentOptions
+from distill.student.shape import Shape
 from distill.student.soft_labels import teacher_logits
 from distill.student.vocabulary import share_rows, shared_rows
 from numpy.typing import NDArray
-from transformers import set_seed
 
 from distill.arguments import TrainingOptions
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
 from distill.augmentation import augmented
-from distill.averaging import depth, is_layerless, refuse_pairs
+from distill.averaging import depth, is_layerless
 from distill.calibration import fit_temperature
-from distill.checkpoints import discard_checkpoints, prepare_checkpoints, recorded_recipe, refuse_unfinished
+from distill.checkpoints import discard_checkpoints, prepare_checkpoints, refuse_unfinished
 from distill.data import Data, reload_data, texts_of
 from distill.devices import choose_device, choose_precision
 from distill.encoding import way_of
@@ -50,94 +48,6 @@ from distill.words import segments
 
 logger = logging.getLogger(__name__)
 Label = Callable[[Dataset], NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class StudentOptions(TrainingOptions):
-    """Options of `distill train-student`."""
-
-    output: Path = Path("runs/student")
-    epochs: float = 5.0
-    learning_rate: float = 1e-4
-    teacher: Path = Path("runs/teacher")
-    data: str | None = None
-    student: str | None = None
-    layers: int | None = None
-    intermediate_size: int | None = None
-    attention_heads: int | None = None
-    speedup: float | None = None
-    latency_budget: float | None = None
-    vocabulary: int | None = None
-    bigrams: int | None = None
-    unlabeled: str | None = None
-    augment: str | None = None
-    hidden_epochs: float = 0.0
-    temperature: float = 2.0
-    alpha: float = 0.9
-    text_column: str | None = None
-    engine: str = "local"
-    """What labels the text: this process, or "ray"."""
-    workers: int | None = None
-
-
-def _build(
-    options: StudentOptions, teacher: Manifest, data: Data, corpus: Dataset
-) -> tuple[Any, Any, Shape, bool]:
-    """Load the student's checkpoint, of which it may keep a part, and its tokenizer.
-
-    Tells what it keeps, and whether its embeddings are to start from the teacher.
-    """
-    checkpoint = options.student or str(teacher.options["model"])
-    length = min(options.max_length, teacher.max_length)
-    tokenizer = load_tokenizer(checkpoint, length, "--student", teacher.long_texts)
-    set_seed(options.seed)
-    model = load_model(
-        checkpoint, teacher.labels, "--student", options.dropout, problem_type=teacher.problem_type
-    )
-
-    pairs, total = bool(data.columns.text_pair), depth(model)
-    refuse_bigrams(options.bigrams, is_layerless(model))
-
-    @cache
-    def bigrams() -> list[tuple[int, int]]:
-        return frequent_bigrams(tokenizer, texts_of(corpus), options.bigrams)
-
-    def build(shape: Shape, corpus: Dataset = corpus) -> Any:
-        if shape.layers == 0 and not is_layerless(model):
-            return average_tokens(model, tokenizer, options.dropout, bigrams())
-        built = keep_layers(model, shape.layers) if shape.layers not in (None, total) else model
-        texts = texts_of(corpus) if shape.neurons or shape.heads else []
-        if shape.neurons is not None:
-            built = keep_neurons(built, shape.neurons, texts, tokenizer)
-        if shape.heads is not None:
-            built = keep_heads(built, shape.heads, texts, tokenizer)
-        return built
-
-    shape = Shape(options.layers, options.intermediate_size, options.attention_heads)
-    refuse_pairs(shape.layers == 0 or is_layerless(model), pairs)
-    if options.speedup or options.latency_budget:
-        # A resumed run goes on with what was measured first.
-        recorded = recorded_recipe(options).get("shape")
-        if recorded:
-            shape = Shape(**recorded)
-        else:
-            # Which neurons and heads stay does not matter to speed.
-            quickly = partial(build, corpus=corpus.select(range(1)))
-            candidates = shapes(model, shape, quickly, layerless=not pairs)
-            timed, goal = texts_of(data.splits["validation"]), Goal(options.speedup, options.latency_budget)
-            choose = partial(
-                choose_shape, quickly, candidates, tokenizer, teacher.labels, timed, goal, options.teacher
-            )
-            shape = once(choose)
-    elif shape.layers is None and options.student is None and total:
-        shape = replace(shape, layers=max(1, total // 2))
-    built = cut_positions(build(shape), tokenizer.model_max_length)
-    refuse_two_stacks(options.hidden_epochs, options.teacher, built.config)
-    if is_layerless(built):  # it does not read which text of a pair a token is of
-        names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
-        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    from_teacher = is_layerless(built) and not is_layerless(model) and options.student is None
-    return built, tokenizer, shape, from_teacher
 
 
 def _similar_words(folder: Path, teacher: Manifest, corpus: Dataset) -> dict[str, tuple[str, ...]]:
@@ -194,7 +104,7 @@ def _fit(options: StudentOptions) -> _Fitted:
     unlabeled = [unlabeled_text(options.unlabeled, columns, held_out)] if options.unlabeled else []
     corpus = concatenate_datasets([data.splits["train"].remove_columns("label"), *unlabeled])
     budget = budget_of(options.augment, len(data.splits["train"])) if options.augment else 0
-    model, tokenizer, shape, from_teacher = _build(options, teacher, data, corpus)
+    model, tokenizer, shape, from_teacher = build_student(options, teacher, data, corpus)
     parent = manifest_hash(options.teacher)
     recipe = _recipe(options, shape, parent, data, corpus, from_teacher)
     resume_from = once(partial(prepare_checkpoints, options, recipe, "train-student"))

@@ -141,7 +141,7 @@ class Chain:
 def chain(tmp_path_factory, checkpoint: Path, data_file: Path) -> Chain:
     """Teacher, student and INT8 bundle, trained through the library's functions. Read it, never write to it."""
     from distill.export.bundle import ExportOptions
-    from distill.student.training import StudentOptions
+    from distill.student.options import StudentOptions
     from distill.teacher.training import TeacherOptions
 
     from distill import export_student, train_student, train_teacher

@@ -279,7 +279,7 @@ def test_the_budget_is_a_number_or_a_multiple():
 
 
 def test_a_student_learns_on_augmented_text_and_counts_it(chain, tmp_path):
-    from distill.student.training import StudentOptions
+    from distill.student.options import StudentOptions
 
     from distill import train_student
 

@@ -9,8 +9,8 @@ import pyarrow.dataset
 import pyarrow.parquet
 import pytest
 from conftest import make_rows
+from distill.student.options import StudentOptions
 from distill.student.soft_labels import _read
-from distill.student.training import StudentOptions
 
 from distill import Classifier, train_student
 

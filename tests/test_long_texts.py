@@ -9,7 +9,7 @@ from conftest import FILLER, WORDS, make_rows, train_tokenizer, write_csv
 from distill.explain.versions import open_for_explanation, open_for_latency, read_versions
 from distill.export.bundle import ExportOptions
 from distill.student.corpus import in_windows
-from distill.student.training import StudentOptions
+from distill.student.options import StudentOptions
 from distill.teacher.training import TeacherOptions
 from tokenizers import Tokenizer, models, normalizers, trainers
 

@@ -10,7 +10,7 @@ from conftest import FILLER, WORDS, write_csv
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from distill.examples.embedding import service
 from distill.export.bundle import ExportOptions
-from distill.student.training import StudentOptions
+from distill.student.options import StudentOptions
 from distill.teacher.folds import assign_folds
 from distill.teacher.training import TeacherOptions
 from fastapi.testclient import TestClient

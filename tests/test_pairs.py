@@ -8,7 +8,7 @@ from conftest import make_rows, write_csv
 from distill.explain.explanations import ExplainOptions
 from distill.export.bundle import ExportOptions
 from distill.export.cold_start import cold_start
-from distill.student.training import StudentOptions
+from distill.student.options import StudentOptions
 from distill.teacher.training import TeacherOptions
 
 from distill import Classifier, DistillError, explain_texts, export_student, train_student, train_teacher

@@ -11,8 +11,8 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import make_rows, write_csv
+from distill.student.options import StudentOptions
 from distill.student.soft_labels import _read
-from distill.student.training import StudentOptions
 from safetensors.numpy import load_file
 
 from distill import DistillError, processes, train_student
@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from distill import processes, train_student, train_teacher
 from distill.student.soft_labels import _read
-from distill.student.training import StudentOptions
+from distill.student.options import StudentOptions
 from distill.teacher.training import TeacherOptions
 from distill.trainer import LossTrainer
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import make_rows, write_csv
-from distill.student.training import StudentOptions
+from distill.student.options import StudentOptions
 from distill.teacher.training import TeacherOptions
 from safetensors.numpy import load_file
 

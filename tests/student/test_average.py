@@ -15,8 +15,8 @@ from distill.export.cold_start import cold_start
 from distill.export.onnx import default_exporter
 from distill.student import average
 from distill.student.average import DROPOUT, average_tokens, frequent_bigrams, start_from, teacher_states
+from distill.student.options import StudentOptions
 from distill.student.shape import Shape
-from distill.student.training import StudentOptions
 from distill.student.vocabulary import share_rows, shared_rows
 from safetensors.torch import load_file
 from torch.nn import functional as F

@@ -11,7 +11,8 @@ from distill.student.hidden_states import (
     spans_of,
     teacher_hidden_states,
 )
-from distill.student.training import StudentOptions, train_student
+from distill.student.options import StudentOptions
+from distill.student.training import train_student
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 import transformers
 from conftest import make_configs
+from distill.student import building, training
 from distill.student.heads import keep_heads
 from distill.student.neurons import keep_neurons
+from distill.student.options import StudentOptions
 from distill.student.shape import Goal, Shape, _largest, shapes
 
 from distill import DistillError, train_student
@@ -142,21 +144,19 @@ def test_a_pair_is_timed_as_one_text(checkpoint, tmp_path):
 
 
 def test_a_narrow_shape_is_built_and_goes_on_as_such(chain, tmp_path, monkeypatch):
-    from distill.student import training
-
-    options = training.StudentOptions(
+    options = StudentOptions(
         teacher=chain.teacher,
         student=str(chain.checkpoint),
         output=tmp_path / "s",
         latency_budget=1e6,
         max_steps=2,
     )
-    monkeypatch.setattr(training, "choose_shape", lambda *rest: Shape(2, 16, 3))
+    monkeypatch.setattr(building, "choose_shape", lambda *rest: Shape(2, 16, 3))
     monkeypatch.setattr(training, "publish", lambda *rest: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_student(options)
     monkeypatch.undo()
-    monkeypatch.setattr(training, "choose_shape", lambda *rest: 1 / 0)
+    monkeypatch.setattr(building, "choose_shape", lambda *rest: 1 / 0)
     manifest = train_student(replace(options, resume=True))
     assert [manifest.details[name] for name in ("layers", "neurons", "heads")] == [2, 16, 3]
     layers = load_model(str(tmp_path / "s"), manifest.labels).bert.encoder.layer
@@ -178,11 +178,9 @@ def test_a_student_without_layers_has_no_heads_to_keep(chain, run, tmp_path):
 
 
 def test_a_checkpoint_that_does_not_say_how_many_layers_it_has_is_kept_whole(chain, tmp_path, monkeypatch):
-    from distill.student import training
-
-    monkeypatch.setattr(training, "depth", lambda model: 0)
-    monkeypatch.setattr(training, "average_tokens", lambda *rest: 1 / 0)
-    options = training.StudentOptions(
+    monkeypatch.setattr(building, "depth", lambda model: 0)
+    monkeypatch.setattr(building, "average_tokens", lambda *rest: 1 / 0)
+    options = StudentOptions(
         teacher=chain.teacher, student=str(chain.checkpoint), output=tmp_path / "s", max_steps=1
     )
     train_student(options)

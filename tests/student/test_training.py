@@ -6,8 +6,9 @@ from distill.student import soft_labels
 from distill.student import training as student_training
 from distill.student.command import train_student as command
 from distill.student.losses import distillation_loss
+from distill.student.options import StudentOptions
 from distill.student.soft_labels import teacher_logits
-from distill.student.training import StudentOptions, train_student
+from distill.student.training import train_student
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from distill.artifact import read_manifest
@@ -190,7 +191,7 @@ def test_a_library_user_gets_the_commands_defaults():
 
 
 def test_an_interrupted_student_goes_on_as_if_nothing_had_happened(chain, tmp_path, monkeypatch):
-    from distill.student.training import StudentOptions
+    from distill.student.options import StudentOptions
 
     from distill import train_student
 
@@ -214,7 +215,7 @@ def test_an_interrupted_student_goes_on_as_if_nothing_had_happened(chain, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             train_student(options("cut"))
     with monkeypatch.context() as patch:  # neither is the shape measured again
-        patch.setattr("distill.student.training.choose_shape", None)
+        patch.setattr("distill.student.building.choose_shape", None)
         resumed = train_student(options("cut", resume=True))
     assert resumed.metrics == whole.metrics
     assert resumed.details == whole.details

@@ -10,7 +10,7 @@ from distill.export.bundle import ExportOptions
 from distill.export.equal_rows import store_equal_rows_once
 from distill.export.quantization import _quantize_tables
 from distill.student import training, vocabulary
-from distill.student.training import StudentOptions
+from distill.student.options import StudentOptions
 from distill.student.vocabulary import share_rows, shared_rows
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator

@@ -7,7 +7,7 @@ import transformers
 from conftest import make_configs, make_tokenizer
 from distill.explain.report import ReportOptions
 from distill.export.bundle import ExportOptions
-from distill.student.training import StudentOptions
+from distill.student.options import StudentOptions
 from distill.teacher import adapters
 from distill.teacher.adapters import add_adapters, in_four_bits, merge_adapters
 from distill.teacher.training import TeacherOptions, train_teacher

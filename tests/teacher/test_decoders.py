@@ -5,7 +5,8 @@ import pytest
 import torch
 import transformers
 from conftest import make_rows, train_tokenizer
-from distill.student.training import StudentOptions, train_student
+from distill.student.options import StudentOptions
+from distill.student.training import train_student
 from distill.teacher.training import TeacherOptions, train_teacher
 
 from distill.artifact import read_manifest

@@ -3,8 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import make_rows, write_csv
+from distill.student.options import StudentOptions
 from distill.student.soft_labels import teacher_logits
-from distill.student.training import StudentOptions, train_student
+from distill.student.training import train_student
 from distill.teacher import training
 from distill.teacher.folds import assign_folds, out_of_fold
 from distill.teacher.training import TeacherOptions, train_teacher
