@@ -1,10 +1,10 @@
 """Quality against latency and size, over several labelled sets and against what else one might use.
 
 For every set, with one recipe: the teacher is fine-tuned once; students of several shapes learn from it, with
-three seeds, and without it; each is exported to INT8. Peers are trained on the same split. All are timed in
-one process, one text at a time on one thread. A teacher, student or SetFit that is there already is not
-trained again, and a run goes on where it stopped. Writes benchmarks/results/pareto/SET.json; pareto_page.py
-makes a table and a plot of all sets.
+three seeds, and without it; each is exported to INT8. Validation text says which shape one would take. Peers
+are trained on the same split. All are timed in one process, one text at a time on one thread. A teacher,
+student or SetFit that is there already is not trained again, and a run goes on where it stopped. Writes
+benchmarks/results/pareto/SET.json; pareto_page.py makes a table and a plot of all sets.
 
 Usage: python benchmarks/pareto.py DATA --teacher all-mpnet-base-v2 --student all-MiniLM-L6-v2 --set banking77
 
@@ -28,6 +28,7 @@ import numpy as np
 import peers
 import torch
 from distill.student import command
+from distill.student.losses import distillation_loss
 from transformers import pipeline
 
 from distill import Classifier
@@ -42,10 +43,23 @@ from distill.significance import interval, paired_bootstrap
 RESULTS = Path(__file__).resolve().parent / "results" / "pareto"
 SETS = ("banking77", "clinc150", "snips", "ag_news_small", "goemotions_sentiment3", "sst2_sentences")
 SEEDS = (1, 2, 3)
-FAST = ("--learning-rate", "3e-4", "--batch-size", "64")
+BATCH = ("--batch-size", "64")
+FAST = ("--learning-rate", "3e-4", *BATCH)
 AUGMENT, EPOCHS = 40_000, 5
 RECIPE = ("--augment", str(AUGMENT), "--epochs", str(EPOCHS), *FAST)
-SEEDED, LAYERS = (0,), (1,)  # layers of the students
+# With layers: the teacher's hidden states first, then labels at a lower rate.
+DEEP = (
+    "--augment",
+    str(AUGMENT),
+    "--hidden-epochs",
+    "4",
+    "--epochs",
+    "10",
+    "--learning-rate",
+    "2e-4",
+    *BATCH,
+)
+SEEDED, LAYERS, THIN = (0,), (), (3,)  # layers of the students
 NARROW = ("--intermediate-size", "192", "--attention-heads", "6")  # of 1,536 and 12 of MiniLM-L6
 BESIDE = 2  # students that train at the same time
 LAST = f"_seed{SEEDS[-1]}"  # of a student whose shape has all seeds
@@ -59,6 +73,10 @@ def _run(*arguments: str | Path, beside: int = 1) -> None:
     click.echo(f"$ distill {' '.join(command[1:])}")
     cores = {} if beside == 1 else {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // beside))}
     subprocess.run(command, check=True, env={**os.environ, "OMP_WAIT_POLICY": "passive", **cores})
+
+
+def _recipe(layers: int) -> tuple[str, ...]:
+    return DEEP if layers else RECIPE
 
 
 def _alone() -> tuple[str, ...]:
@@ -89,21 +107,21 @@ def _students(
 
     for layers in seeded:
         for seed in SEEDS:
-            found[f"{layers}_layers_seed{seed}"] = (*shape(layers, seed), *RECIPE)
+            found[f"{layers}_layers_seed{seed}"] = (*shape(layers, seed), *_recipe(layers))
             found[f"{layers}_layers_alone_seed{seed}"] = (*shape(layers, seed, alone=True), *_alone())
     for layers, seeds in depths.items():
         for seed in SEEDS[:seeds]:
-            found[f"{layers}_layers_seed{seed}"] = (*shape(layers, seed), *RECIPE)
+            found[f"{layers}_layers_seed{seed}"] = (*shape(layers, seed), *DEEP)
             if vocabulary is not None:
                 rows = ("--vocabulary", str(vocabulary))
                 found[f"{layers}_layers_{vocabulary}_rows_seed{seed}"] = (
                     *shape(layers, seed),
                     *rows,
-                    *RECIPE,
+                    *DEEP,
                 )
     for layers in narrow:
         for seed in SEEDS:
-            found[f"{layers}_layers_narrow_seed{seed}"] = (*shape(layers, seed), *NARROW, *RECIPE)
+            found[f"{layers}_layers_narrow_seed{seed}"] = (*shape(layers, seed), *NARROW, *DEEP)
     return found
 
 
@@ -188,6 +206,7 @@ def evaluate(student: str, students: Sequence[str]) -> dict[str, Any]:
         rows[name] = {
             "bytes": (folder / INT8).stat().st_size,
             "macro_f1_pytorch": score(truth, unquantized, classes).macro_f1,
+            **({} if "alone" in name else {"validation_loss": _on_validation(name)}),
         }
         if "seed1" in name and "alone" not in name:
             classify[name] = Classifier(folder, provider="cpu", threads=1)
@@ -211,6 +230,7 @@ def evaluate(student: str, students: Sequence[str]) -> dict[str, Any]:
         "cpu": cpu_name(),
         "versions": manifest.versions,
         "recipe": " ".join(RECIPE),
+        "recipe_with_layers": " ".join(DEEP),
         "recipe_alone": " ".join(_alone()),
         **({"narrow": " ".join(NARROW)} if any("_narrow" in name for name in students) else {}),
         "rows": data.manifest()["rows"],
@@ -224,13 +244,32 @@ def evaluate(student: str, students: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _on_validation(name: str) -> float:
+    """The loss that a student's best epoch had the lowest of, of its INT8 version."""
+    manifest = read_manifest(Path("runs", name), "train-student")
+    answers = read_predictions(Path("runs", f"{name}_int8"), "validation")["int8"]
+    teacher = read_predictions(Path("runs/teacher"), "validation")["teacher"].logits
+    loss = distillation_loss(
+        torch.from_numpy(answers.logits).float(),
+        torch.from_numpy(teacher / manifest.details["teacher_temperature"]).float(),
+        torch.from_numpy(answers.labels),
+        manifest.options["temperature"],
+        manifest.options["alpha"],
+    )
+    return float(loss)
+
+
 def _over_seeds(
     shape: str, truth: Any, predicted: dict[str, Any], rows: dict[str, Any], classes: int
 ) -> dict[str, Any]:
     """Mean and spread over seeds of students of a shape, and what they gain over any without a teacher."""
     with_teacher = [f"{shape}_seed{seed}" for seed in SEEDS]
     found = [rows[name]["macro_f1"] for name in with_teacher]
-    over = {"mean": float(np.mean(found)), "deviation": float(np.std(found, ddof=1))}
+    over = {
+        "mean": float(np.mean(found)),
+        "deviation": float(np.std(found, ddof=1)),
+        "validation_loss": float(np.mean([rows[name]["validation_loss"] for name in with_teacher])),
+    }
     alone = [f"{shape}_alone_seed{seed}" for seed in SEEDS]
     if alone[0] not in rows:
         return over
@@ -269,7 +308,11 @@ def _over_seeds(
     help="How many seeds the other depths have.",
 )
 @click.option(
-    "--narrow", type=click.IntRange(1), multiple=True, help="Depths of narrow students, with the teacher."
+    "--narrow",
+    type=click.IntRange(1),
+    multiple=True,
+    default=THIN,
+    help="Depths of narrow students, with the teacher.",
 )
 @click.option("--vocabulary", type=click.IntRange(1), help="Rows of the other depths' students, beside all.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("pareto"), help="Folder for the runs.")

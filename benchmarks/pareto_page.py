@@ -46,13 +46,14 @@ def _merged(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def table(name: str, result: dict[str, Any]) -> str:
     """Markdown of one set."""
+    deep = f", with layers `{result['recipe_with_layers']}`" if "recipe_with_layers" in result else ""
     narrow = f"; narrow ones with `{result['narrow']}`" if "narrow" in result else ""
     lines = [
         f"## {name}",
         "",
         f"{result['classes']} classes; {result['rows']['train']:,} texts for training, "
         f"{result['rows']['test']:,} for the test; {result['cpu']}. Students: `distill train-student "
-        f"{result['recipe']}`{narrow}; without layers they start from the teacher, "
+        f"{result['recipe']}`{deep}{narrow}; without layers they start from the teacher, "
         "without a teacher from the teacher's own checkpoint (`--student`); without a teacher: "
         f"`distill train-student {result['recipe_alone']}`.",
         "",
@@ -74,7 +75,9 @@ def table(name: str, result: dict[str, Any]) -> str:
             f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})"
         )
         spread = f"{seeded['mean']:.4f} ± {seeded['deviation']:.4f} over seeds"
-        lines += ["", f"{_shape(shape).capitalize()}: {spread}{gained or ''}."]
+        loss = seeded.get("validation_loss")
+        chosen = f"; its loss on validation text is {loss:.4f}" if loss is not None else ""
+        lines += ["", f"{_shape(shape).capitalize()}: {spread}{chosen}{gained or ''}."]
     lines.append("")
     return "\n".join(lines)
 
