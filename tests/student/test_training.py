@@ -191,8 +191,6 @@ def test_a_library_user_gets_the_commands_defaults():
 
 
 def test_an_interrupted_student_goes_on_as_if_nothing_had_happened(chain, tmp_path, monkeypatch):
-    from distill.student.options import StudentOptions
-
     from distill import train_student
 
     def options(folder, **more):
