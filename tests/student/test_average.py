@@ -318,15 +318,15 @@ def test_its_parameters_are_those_that_answer(student):
 
 
 def test_a_resumed_run_measures_no_speed_again(chain, tmp_path, monkeypatch):
-    from distill.student import training
+    from distill.student import building, training
 
     options = _settings(chain, tmp_path / "s", latency_budget=1e6, max_steps=2)
-    monkeypatch.setattr(training, "choose_shape", lambda *rest: Shape(0))
+    monkeypatch.setattr(building, "choose_shape", lambda *rest: Shape(0))
     monkeypatch.setattr(training, "publish", lambda *rest: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_student(options)
     monkeypatch.undo()
-    monkeypatch.setattr(training, "choose_shape", lambda *rest: 1 / 0)
+    monkeypatch.setattr(building, "choose_shape", lambda *rest: 1 / 0)
     assert train_student(replace(options, resume=True)).details["layers"] == 0
 
 
