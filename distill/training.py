@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from distill import processes
 from distill.arguments import TrainingOptions, training_arguments
+from distill.attention import attention_in_fp32
 from distill.callbacks import ProgressCallback, SaveInTime, Watch, being_watched
 from distill.decision import fit_answers
 from distill.devices import choose_device, choose_precision, out_of_memory, placed, release
@@ -119,7 +120,8 @@ def fit(
         trainer.pop_callback(_printer())
         prepare_sharding(trainer)
         try:
-            trainer.train(resume_from_checkpoint=resume_from)
+            with attention_in_fp32(device, precision):
+                trainer.train(resume_from_checkpoint=resume_from)
         except KeyboardInterrupt:
             if get_last_checkpoint(str(options.checkpoints)) and not being_watched():
                 logger.info("%s: interrupted; --resume goes on from the last checkpoint", title)
