@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,11 +17,12 @@ from distill.errors import DistillError
 
 logger = logging.getLogger(__name__)
 RECIPE = "recipe.json"
+EARLIER = "hidden_states"  # within a student's checkpoints, those of what it learns before labels
 
 
-def _last_complete(folder: Path) -> str | None:
+def last_complete(folder: Path) -> str | None:
     """The newest checkpoint that is complete; newer ones, cut short by an interruption, are removed."""
-    while last := get_last_checkpoint(str(folder)):
+    while last := folder.is_dir() and get_last_checkpoint(str(folder)):
         try:
             json.loads((Path(last) / "trainer_state.json").read_text(encoding="utf-8"))
             return str(last)
@@ -29,16 +31,21 @@ def _last_complete(folder: Path) -> str | None:
     return None
 
 
+def _unfinished(folder: Path) -> str | None:
+    """What an interrupted run goes on from, in either of its parts."""
+    return last_complete(folder) or last_complete(folder / EARLIER)
+
+
 def recorded_recipe(options: TrainingOptions) -> dict[str, Any]:
     """The recipe of the run that `options.resume` goes on with; empty where there is none."""
     record = options.checkpoints / RECIPE
-    if not options.resume or not record.is_file() or not _last_complete(options.checkpoints):
+    if not options.resume or not record.is_file() or not _unfinished(options.checkpoints):
         return {}
     return dict(json.loads(record.read_text(encoding="utf-8")))
 
 
 def refuse_unfinished(options: TrainingOptions, stage: str) -> str | None:
-    """Refuse to train where something would be lost; give the newest complete checkpoint, if there is one.
+    """Refuse to train where something would be lost; give the checkpoint of an interrupted run, if any.
 
     Raises:
         DistillError: if the output exists, or checkpoints do that are neither to be resumed nor overwritten.
@@ -51,7 +58,7 @@ def refuse_unfinished(options: TrainingOptions, stage: str) -> str | None:
         raise DistillError(
             f"{folder}: checkpoints would go here, and distill did not write it; choose another --output"
         )
-    last = _last_complete(folder) if folder.is_dir() else None
+    last = _unfinished(folder)
     if last and not options.resume and not options.overwrite:
         raise DistillError(
             f"{folder}: checkpoints of an interrupted run; --resume goes on, --overwrite starts again"
@@ -68,6 +75,8 @@ def _remove(folder: Path) -> None:
 
 def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any], stage: str) -> str | None:
     """Decide, before any work, whether to resume; give the checkpoint to resume from.
+
+    There is none where the run was interrupted before its last part; what it has of that is kept.
 
     Args:
         options: where and how to train.
@@ -90,7 +99,7 @@ def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any], stage:
                 f"{recipe.get(key)}; give it as it was, or start again with --overwrite instead of --resume"
             )
         logger.info("Resuming from %s", last)
-        return last
+        return last_complete(folder)
     if options.resume and not being_watched():
         logger.info("No checkpoint in %s yet: starting from the beginning", folder)
     _remove(folder)
@@ -102,5 +111,5 @@ def prepare_checkpoints(options: TrainingOptions, recipe: dict[str, Any], stage:
 def discard_checkpoints(options: TrainingOptions) -> None:
     """Remove the checkpoints of a run that has been published."""
     _remove(options.checkpoints)
-    if options.checkpoints.parent.is_dir() and not any(options.checkpoints.parent.iterdir()):
+    with suppress(OSError):  # there are others, or another run has just removed it
         options.checkpoints.parent.rmdir()

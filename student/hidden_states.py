@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,7 +28,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from distill.arguments import TrainingOptions
 from distill.artifact import Manifest
 from distill.averaging import depth
-from distill.checkpoints import prepare_checkpoints
+from distill.checkpoints import EARLIER, last_complete
 from distill.data import texts_of
 from distill.devices import choose_device, choose_precision, inference, placed
 from distill.encoding import Text, way_of
@@ -62,8 +62,11 @@ class TeacherStates:
     spans: Spans
     starts: NDArray[np.int64]
 
-    def of(self, rows: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means over the spans of these texts' tokens, shape (texts, length, width), and which are known."""
+    def of(self, rows: list[int], length: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means over the spans of these texts' tokens, shape (texts, length, width), and which are known.
+
+        Padding stands behind a text, or on its left.
+        """
         found = np.zeros((len(rows), length, self.values.shape[1]), dtype=np.float32)
         known = np.zeros((len(rows), length), dtype=bool)
         for place, row in enumerate(rows):
@@ -71,12 +74,13 @@ class TeacherStates:
             there = np.flatnonzero(spans[:, 1] > spans[:, 0])
             if not len(there):
                 continue
+            columns = there + left * (length - len(spans))
             begin, end = spans[there, 0].min(), spans[there, 1].max()
             sums = np.cumsum(self.values[begin:end], axis=0, dtype=np.float32)
             sums = np.concatenate([np.zeros_like(sums[:1]), sums])
             first, last = (spans[there] - begin).T
-            found[place, there] = (sums[last] - sums[first]) / (last - first)[:, None]
-            known[place, there] = True
+            found[place, columns] = (sums[last] - sums[first]) / (last - first)[:, None]
+            known[place, columns] = True
         return torch.from_numpy(found), torch.from_numpy(known)
 
 
@@ -207,6 +211,15 @@ class Reading(nn.Module):
         """The student's."""
         return self.student.device
 
+    @property
+    def rows(self) -> Any:
+        """The student's, if it has no layers."""
+        return self.student.rows
+
+    @rows.setter
+    def rows(self, value: Any) -> None:
+        self.student.rows = value
+
     def get_input_embeddings(self) -> Any:
         """The student's."""
         return self.student.get_input_embeddings()
@@ -225,13 +238,20 @@ class Reading(nn.Module):
         return SequenceClassifierOutput(logits=self.map(states))
 
 
-def of_this_stage(options: TrainingOptions, epochs: float) -> TrainingOptions:
-    """How a student learns hidden states: as its labels, but faster, with checkpoints of its own."""
-    output = options.output.with_name(f"{options.output.name}_hidden_states")
-    rate = FASTER * options.learning_rate
-    return replace(
-        options, output=output, epochs=epochs, learning_rate=rate, min_steps=0, patience=10**6, report_to=()
-    )
+class _Stage(TrainingOptions):
+    """Options of this stage, whose checkpoints are within those of the student."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where an interrupted run can be picked up."""
+        return super().checkpoints / EARLIER
+
+
+def of_this_stage(options: TrainingOptions) -> TrainingOptions:
+    """How a student learns hidden states where nothing else is said: as its labels, but faster."""
+    same = {one.name: getattr(options, one.name) for one in fields(TrainingOptions)}
+    own = {"max_steps": -1, "min_steps": 0, "patience": 10**6, "report_to": ()}
+    return _Stage(**same | own | {"learning_rate": FASTER * options.learning_rate})
 
 
 def refuse_two_stacks(epochs: float, teacher: Path, student: Any) -> None:
@@ -252,8 +272,8 @@ def learn_hidden_states(
     texts: tuple[Dataset, Dataset],
     tokenized: tuple[Dataset, Dataset],
     options: TrainingOptions,
+    epochs: float,
     teacher: tuple[Path, Manifest],
-    recipe: dict[str, Any],
 ) -> None:
     """Train a student, in place, to have a teacher's hidden states, up to a linear map.
 
@@ -262,13 +282,14 @@ def learn_hidden_states(
         tokenizer: its tokenizer.
         texts: of training and validation, with `id`, `text` and perhaps `text_pair`.
         tokenized: the same as `tokenize` leaves them, row by row.
-        options: of `of_this_stage`; with 0 epochs nothing happens.
+        options: how it learns labels.
+        epochs: for how long; with 0 nothing happens.
         teacher: its folder and manifest.
-        recipe: all that a resumed run must have in common with what it was before.
     """
-    if not options.epochs:
+    if not epochs:
         return
-    resume_from = once(lambda: prepare_checkpoints(options, recipe, "train-student"))
+    stage = of_this_stage(replace(options, epochs=epochs))
+    resume_from = once(lambda: last_complete(stage.checkpoints))
     names = [name for name in ("id", "text", "text_pair") if name in texts[0].column_names]
     chosen = [_chosen(one, tokenizer) for one in tokenized]
     if not all(map(len, chosen)):
@@ -286,11 +307,11 @@ def learn_hidden_states(
     )
 
     def loss(read: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        expected, known = states.of(batch["row"].tolist(), read.shape[1])
+        expected, known = states.of(batch["row"].tolist(), read.shape[1], tokenizer.padding_side == "left")
         return hidden_state_loss(read, expected.to(read.device), known.to(read.device))
 
     reading = Reading(student, states.values.shape[1])
-    fit(reading, tokenizer, train, validation, options, loss, "Student's states", resume_from, scored=False)
+    fit(reading, tokenizer, train, validation, stage, loss, "Student's states", resume_from, scored=False)
 
 
 def _chosen(tokenized: Dataset, tokenizer: Any) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from distill.student.average import start_from, teacher_states
 from distill.student.building import build_student
 from distill.student.checks import check_options
 from distill.student.corpus import in_windows, unlabeled_text, with_soft_labels
-from distill.student.hidden_states import learn_hidden_states, of_this_stage
+from distill.student.hidden_states import learn_hidden_states
 from distill.student.losses import distillation_loss, hard_label_loss
 from distill.student.neighbours import similar_words
 from distill.student.options import StudentOptions
@@ -25,7 +25,6 @@ from distill.student.soft_labels import teacher_logits
 from distill.student.vocabulary import share_rows, shared_rows
 from numpy.typing import NDArray
 
-from distill.arguments import TrainingOptions
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
 from distill.augmentation import augmented
 from distill.averaging import depth, is_layerless
@@ -95,7 +94,7 @@ def _fit(options: StudentOptions) -> _Fitted:
     """Check everything, have the teacher label what it has not labelled yet, then train."""
     check_options(asdict(options))
     choose_precision(choose_device(options.device), options.precision)
-    once(partial(_refuse_unfinished, options))
+    once(partial(refuse_unfinished, options, "train-student"))
     teacher = read_manifest(options.teacher, "train-teacher", "--teacher")
     verify(options.teacher, teacher)
     data = ahead(partial(reload_data, teacher.data, teacher.labels, options.data))
@@ -140,9 +139,9 @@ def _fit(options: StudentOptions) -> _Fitted:
         rows = with_soft_labels(rows, unlabeled, logits / temperature)
         validation = validation.add_column("teacher_logits", list(expected / temperature))
     train = ahead(partial(tokenize, rows, tokenizer, options.checkpoints / "train.arrow", shared))
-    own = of_this_stage(options, 0 if resume_from else options.hidden_epochs)
-    given = options.teacher, teacher
-    learn_hidden_states(model, tokenizer, (rows, held), (train, validation), own, given, recipe)
+    if not resume_from:
+        given = options.hidden_epochs, (options.teacher, teacher)
+        learn_hidden_states(model, tokenizer, (rows, held), (train, validation), options, *given)
 
     def loss(student_logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         if "teacher_logits" not in batch:
@@ -155,16 +154,6 @@ def _fit(options: StudentOptions) -> _Fitted:
     if shared is not None:
         share_rows(trained.model, shared)
     return _Fitted(data, tokenizer, trained, shared, shape, extra, parent, temperature)
-
-
-def _stages(options: StudentOptions) -> tuple[TrainingOptions, TrainingOptions]:
-    """How it learns hidden states, and how it learns labels."""
-    return of_this_stage(options, options.hidden_epochs), options
-
-
-def _refuse_unfinished(options: StudentOptions) -> None:
-    for stage in _stages(options):
-        refuse_unfinished(stage, "train-student")
 
 
 def _recipe(
@@ -258,8 +247,7 @@ def train_student(options: StudentOptions) -> Manifest:
             trained.model.to("cpu").save_pretrained(folder, safe_serialization=True)
             tokenizer.save_pretrained(folder)
             write_predictions(folder, data.splits, {"student": predictions})
-        for stage in _stages(options):
-            discard_checkpoints(stage)
+        discard_checkpoints(options)
         return manifest
 
     return once(finish)

@@ -39,12 +39,13 @@ def write_csv(path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] =
     return path
 
 
-def make_tokenizer():
-    """Build a WordPiece tokenizer over the words above."""
+def make_tokenizer(unused: int = 0):
+    """Build a WordPiece tokenizer over the words above, and as many that no text has."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER, *sum(WORDS.values(), [])]
+    words += [f"unused{number}" for number in range(unused)]
     tokenizer = Tokenizer(
         models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
     )

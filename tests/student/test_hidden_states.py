@@ -3,7 +3,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_configs, make_rows, make_tokenizer, train_tokenizer
-from distill.student import hidden_states
+from distill.student import building, hidden_states
 from distill.student.hidden_states import (
     Reading,
     TeacherStates,
@@ -12,6 +12,7 @@ from distill.student.hidden_states import (
     teacher_hidden_states,
 )
 from distill.student.options import StudentOptions
+from distill.student.shape import Shape
 from distill.student.training import train_student
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -80,6 +81,9 @@ def test_states_are_means_over_what_stands_there():
         torch.tensor([[[9.0, 10], [10, 11], [0, 0], [0, 0]], [[0, 1], [3, 4], [0, 0], [0, 0]]]),
     )
     assert known.tolist() == [[True, True, False, False], [True, True, False, False]]
+    shifted, known = states.of([1, 0], 4, left=True)
+    assert known.tolist() == [[False, False, True, True], [False, True, True, False]]
+    torch.testing.assert_close(shifted[known], found[:, :2].flatten(end_dim=1))
 
 
 def test_the_teacher_reads_every_text_once_and_its_states_are_its_own(chain, tmp_path, monkeypatch):
@@ -162,6 +166,21 @@ def test_it_goes_with_other_options(chain, tmp_path, changes, caplog):
     assert len(losses) == 3 and losses[2] < losses[0]
 
 
+def test_without_layers_the_rows_in_use_are_trained_alone(chain, tmp_path, caplog):
+    tokenizer = make_tokenizer(unused=400)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    changes = {"student": str(tmp_path / "other"), "layers": 0, "hidden_epochs": 1.0}
+    with caplog.at_level("DEBUG", "distill"):
+        train_student(_options(chain, tmp_path / "student", **changes))
+    told = [one for one in caplog.messages if one.startswith("Training ") and "rows of the embedding" in one]
+    assert len(told) == 2
+
+
 def test_it_goes_with_another_tokenizer(chain, tmp_path, caplog):
     tokenizer = _other_tokenizer("byte-level bpe")
     config = transformers.BertConfig(
@@ -198,6 +217,37 @@ def test_an_interrupted_student_goes_on_in_either_part(chain, tmp_path, monkeypa
     resumed = train_student(_options(chain, tmp_path / "cut", resume=True, **changes))
     assert resumed.metrics == whole.metrics
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_shape_that_was_measured_is_kept_from_either_part(chain, tmp_path, monkeypatch):
+    changes = {"hidden_epochs": 2.0, "layers": None, "latency_budget": 1e6}
+    seen = ProgressCallback.on_evaluate
+
+    def interrupt(self, args, state, control, **kwargs):
+        seen(self, args, state, control, **kwargs)
+        if state.epoch > 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "choose_shape", lambda *_: Shape(1))
+        patch.setattr(ProgressCallback, "on_evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_student(_options(chain, tmp_path / "student", **changes))
+    monkeypatch.setattr(building, "choose_shape", lambda *_: 1 / 0)
+    resumed = train_student(_options(chain, tmp_path / "student", resume=True, **changes))
+    assert resumed.details["layers"] == 1
+
+
+def test_another_run_of_any_name_is_left_alone(chain, tmp_path):
+    train_student(_options(chain, tmp_path / "student_hidden_states", max_steps=1))
+    train_student(_options(chain, tmp_path / "student", max_steps=1, hidden_epochs=0.1))
+    assert (tmp_path / "student_hidden_states").is_dir()
+
+
+def test_a_limit_of_steps_is_one_of_labels(chain, tmp_path, caplog):
+    with caplog.at_level("INFO", "distill"):
+        train_student(_options(chain, tmp_path / "student", max_steps=2, hidden_epochs=2.0))
+    assert len(_losses(caplog)) == 2
 
 
 def test_two_stacks_are_refused(chain):
