@@ -12,13 +12,13 @@ import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from distill.student.losses import hidden_state_loss
 from distill.student.soft_labels import kept_beside
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
@@ -40,7 +40,7 @@ from distill.sources import parts_of
 from distill.training import fit
 
 logger = logging.getLogger(__name__)
-MOST = 2_000_000  # the teacher's tokens whose states are kept, each two bytes for each number of its width
+MOST = 2_000_000  # the student's tokens that it learns from, at most
 BATCH_TOKENS = 4096  # that the teacher reads at a time, padding included
 FASTER = 5  # times the learning rate of the labels
 TEXTS = 1000  # that are tokenized at once
@@ -134,8 +134,7 @@ def _read(
     device = choose_device(how[0])
     precision = choose_precision(device, how[1])
     layer, starts = round(2 * depth(model) / 3), np.concatenate([[0], np.cumsum(lengths)])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{uuid4().hex}.partial")  # another run may be writing the same
+    unfinished = file.with_suffix(".partial")
     values = np.lib.format.open_memmap(
         unfinished, mode="w+", dtype=np.float16, shape=(int(starts[-1]), model.config.hidden_size)
     )
@@ -163,10 +162,10 @@ def _read(
 def teacher_hidden_states(
     teacher: Path, manifest: Manifest, dataset: Dataset, tokenizer: Any, device: str, precision: str
 ) -> TeacherStates:
-    """What a teacher makes of a student's tokens; it reads each text once, for all of its students.
+    """What a teacher makes of a student's tokens; it reads each text once, for all students of these texts.
 
     The states are kept beside its soft labels, two bytes a number: 1.5 GB for a million tokens of a teacher
-    of base size.
+    of base size. Of students that start at the same time one has it read, and the others wait.
 
     Args:
         teacher: the teacher's folder.
@@ -187,8 +186,10 @@ def teacher_hidden_states(
     spans, own, theirs = (np.concatenate(column) for column in zip(*found, strict=True))
     identity = hashlib.sha256("".join(dataset["id"]).encode()).hexdigest()[:16]
     file = kept_beside(teacher) / f"hidden_states_{identity}.npy"
-    if not file.is_file():
-        _read(file, teacher, manifest, texts, theirs, (device, precision))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        if not file.is_file():
+            _read(file, teacher, manifest, texts, theirs, (device, precision))
     return TeacherStates(np.load(file, mmap_mode="r"), spans, np.concatenate([[0], np.cumsum(own)]))
 
 

@@ -1,3 +1,7 @@
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -87,8 +91,6 @@ def test_states_are_means_over_what_stands_there():
 
 
 def test_the_teacher_reads_every_text_once_and_its_states_are_its_own(chain, tmp_path, monkeypatch):
-    import shutil
-
     folder = tmp_path / "teacher"
     shutil.copytree(chain.teacher, folder)
     manifest = read_manifest(folder, "train-teacher")
@@ -108,6 +110,26 @@ def test_the_teacher_reads_every_text_once_and_its_states_are_its_own(chain, tmp
         for found, known in (one.of([row], len(expected)) for one in (states, again)):
             torch.testing.assert_close(found[0], expected, atol=5e-3, rtol=0)
             assert known.all()
+
+
+def test_of_students_that_start_together_one_has_the_teacher_read(chain, tmp_path, monkeypatch):
+    folder = tmp_path / "teacher"
+    shutil.copytree(chain.teacher, folder)
+    texts = load_data(str(chain.data), quiet=True).splits["train"].select(range(30))
+    tokenizer, manifest = load_tokenizer(str(folder), 64), read_manifest(folder, "train-teacher")
+    read, seen = hidden_states._read, []
+
+    def slowly(*given):
+        seen.append(given[0])
+        time.sleep(0.2)
+        read(*given)
+
+    monkeypatch.setattr(hidden_states, "_read", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        given = (folder, manifest, texts, tokenizer, "cpu", "fp32")
+        both = [pool.submit(teacher_hidden_states, *given) for _ in range(2)]
+    assert len(seen) == 1
+    np.testing.assert_array_equal(*(one.result().values for one in both))
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "mpnet", "electra", "modernbert"])
@@ -136,8 +158,6 @@ def _distance(student, chain):
 
 
 def test_a_student_comes_nearer_to_the_teachers_states(chain, tmp_path):
-    import shutil
-
     folder = tmp_path / "teacher"  # states are kept beside it
     shutil.copytree(chain.teacher, folder)
     found = {}
