@@ -73,10 +73,11 @@ def shapes(model: Any, asked: Shape, build: Callable[[Shape], Any], layerless: b
     """Shapes that a student of `model` may have, the fastest first.
 
     Narrow layers have an eighth of the neurons and half of the heads, and multiply a quarter as often as
-    whole ones. Two of them keep as much as one that is whole (benchmarks/README.md), and whole ones that take
-    longer follow where all narrow ones are fast enough. That order is BERT's, whose last layer computes the
-    first token alone: all narrow layers take as long as 1 + (total - 1) / 4 whole ones. A family of which
-    export leaves no heads out has whole layers alone.
+    whole ones. Two of them keep as much as one that is whole, which keeps less than none at all, more slowly
+    (benchmarks/README.md), so there are neither where there may be none. Whole ones that take longer follow
+    where all narrow ones are fast enough. That order is BERT's, whose last layer computes the first token
+    alone: all narrow layers take as long as 1 + (total - 1) / 4 whole ones. A family of which export leaves
+    no heads out has whole layers alone.
 
     Args:
         model: the checkpoint's sequence classifier.
@@ -87,22 +88,24 @@ def shapes(model: Any, asked: Shape, build: Callable[[Shape], Any], layerless: b
     total = depth(model)
     if asked.neurons or asked.heads:
         return [replace(asked, layers=layers) for layers in range(min(1, total), total + 1)]
-    first = 0 if layerless else min(1, total)
-    whole = [Shape(layers) for layers in range(first, total + 1)]
+    few = 2 if layerless and total > 1 else 1
+    none = [Shape(0)] if layerless or not total else []
+    whole = [Shape(layers) for layers in range(few, total + 1)]
     if total < 2 or model.config.model_type not in PROJECTIONS:
-        return whole
+        return none + whole
     narrow = Shape(
         neurons=max(1, width_of(model.config)[1] // 8), heads=max(1, model.config.num_attention_heads // 2)
     )
     try:
         build(replace(narrow, layers=1))
     except DistillError:
-        return whole
+        return none + whole
     slower = (total + 3) // 4 + 1
     return [
-        *whole[: 2 - first],
-        *(replace(narrow, layers=layers) for layers in range(2, total + 1)),
-        *whole[slower - first :],
+        *none,
+        *(shape for shape in whole if shape.layers == 1),
+        *(replace(narrow, layers=layers) for layers in range(few + 1, total + 1)),
+        *(shape for shape in whole if (shape.layers or 0) >= slower),
     ]
 
 
@@ -163,7 +166,7 @@ def _largest(
             high = middle - 1
     if low < 0:
         layers = candidates[0].layers or 0
-        can_narrow = any(shape.neurons or shape.heads for shape in candidates)
+        can_narrow = layers and any(shape.neurons or shape.heads for shape in candidates)
         narrower = ", or give a smaller --intermediate-size or --attention-heads" if can_narrow else ""
         raise DistillError(
             f"{goal}: {_reached(layers, *found)} on this machine{narrower}, or start from a narrower "

@@ -44,6 +44,13 @@ def test_a_goal_out_of_reach_is_refused_with_what_is_in_reach():
         _largest(WHOLE, lambda shape: (None, 0.05 + 0.2 * shape.layers), Goal(milliseconds=0.01))
 
 
+def test_narrower_layers_are_no_advice_to_a_student_without():
+    for first, said in ((Shape(0), False), (Shape(1), True)):
+        with pytest.raises(DistillError) as error:
+            _largest([first, Shape(3, 6, 2)], lambda shape: (60.0, 1.0), Goal(speedup=400))
+        assert ("--intermediate-size" in str(error.value)) is said
+
+
 def test_no_layers_are_the_last_resort():
     assert _largest(WHOLE, lambda shape: (60.0, 0.05 + 0.2 * shape.layers), Goal(speedup=400)) == Shape(0)
     assert _largest(WHOLE, lambda shape: (60.0, 0.05 + 0.2 * shape.layers), Goal(speedup=200)) == Shape(1)
@@ -70,13 +77,14 @@ def _shapes(name, monkeypatch, **how):
     return [(one.layers, one.neurons, one.heads) for one in shapes(model, asked, _build(model), **how)]
 
 
-def test_narrow_layers_come_between_one_and_many(monkeypatch):
+def test_narrow_layers_come_between_few_and_many(monkeypatch):
     narrow = [(layers, 6, 2) for layers in range(2, 7)]
     whole = [(layers, None, None) for layers in range(7)]
-    assert _shapes("bert", monkeypatch) == [*whole[:2], *narrow, *whole[3:]]
+    assert _shapes("bert", monkeypatch) == [whole[0], *narrow[1:], *whole[3:]]
     assert _shapes("bert", monkeypatch, layerless=False) == [whole[1], *narrow, *whole[3:]]
     # Export leaves no heads out where it cannot fuse attention.
-    assert _shapes("mpnet", monkeypatch) == whole
+    assert _shapes("mpnet", monkeypatch) == [whole[0], *whole[2:]]
+    assert _shapes("mpnet", monkeypatch, layerless=False) == whole[1:]
 
 
 def test_what_is_asked_for_is_kept(monkeypatch):
@@ -88,7 +96,7 @@ def test_a_checkpoint_that_cannot_be_narrowed_keeps_whole_layers():
         vocab_size=60, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=32
     )
     model = transformers.AutoModelForSequenceClassification.from_config(config)
-    assert shapes(model, Shape(), _build(model)) == WHOLE[:4]
+    assert shapes(model, Shape(), _build(model)) == [WHOLE[0], *WHOLE[2:4]]
 
 
 def _train(run, chain, tmp_path, *options):
