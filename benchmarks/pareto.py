@@ -32,7 +32,7 @@ from distill.student.losses import distillation_loss
 from transformers import pipeline
 
 from distill import Classifier
-from distill.artifact import read_manifest
+from distill.artifact import Manifest, manifest_hash, read_manifest
 from distill.data import Data, reload_data, texts_of
 from distill.latency import cpu_name, measure
 from distill.metrics import score
@@ -47,9 +47,9 @@ BATCH = ("--batch-size", "64")
 FAST = ("--learning-rate", "3e-4", *BATCH)
 AUGMENT, EPOCHS = 40_000, 5
 RECIPE = ("--augment", str(AUGMENT), "--epochs", str(EPOCHS), *FAST)
-# With layers: the teacher's hidden states first, then labels for longer, at a lower rate.
+# With layers: the teacher's hidden states first, then labels for longer, at a lower rate, without dropout.
 DEEP_EPOCHS = 10
-HIDDEN = ("--hidden-epochs", "4", "--epochs", str(DEEP_EPOCHS), "--learning-rate", "2e-4")
+HIDDEN = ("--hidden-epochs", "4", "--epochs", str(DEEP_EPOCHS), "--learning-rate", "2e-4", "--dropout", "0")
 DEEP = ("--augment", str(AUGMENT), *HIDDEN, *BATCH)
 SEEDED, LAYERS, THIN = (0,), (), (3,)  # layers of the students
 NARROW = ("--intermediate-size", "192", "--attention-heads", "6")  # of 1,536 and 12 of MiniLM-L6
@@ -118,13 +118,24 @@ def _students(
 
 
 def _has_recipe(name: str, options: tuple[str, ...]) -> bool:
-    """Whether a student was trained with today's options."""
+    """Whether a student was trained with today's options, by the teacher that is there."""
     wanted = command.train_student.make_context("train-student", list(options)).params
-    before = read_manifest(Path("runs", name), "train-student").options
+    manifest = read_manifest(Path("runs", name), "train-student")
+    before = manifest.options
     # Where it lies is this run's own, as is where its checkpoint lies; the least steps follow from the rest.
     own = {"output", "student", "min_steps"}
     begun = [str(one["student"]).rpartition("/")[2] for one in (before, wanted)]
-    return begun[0] == begun[1] and all(str(before[key]) == str(wanted[key]) for key in before.keys() - own)
+    same = all(str(before[key]) == str(wanted.get(key)) for key in before.keys() - own)
+    return same and begun[0] == begun[1] and _is_child(manifest, Path("runs/teacher"))
+
+
+def _is_child(manifest: Manifest, parent: Path) -> bool:
+    return bool(manifest.parents[0]["manifest_sha256"] == manifest_hash(parent))
+
+
+def _is_exported(name: str) -> bool:
+    folder = Path("runs", f"{name}_int8")
+    return folder.is_dir() and _is_child(read_manifest(folder, "export"), Path("runs", name))
 
 
 def train_teacher(data: Path, model: str) -> None:
@@ -133,25 +144,27 @@ def train_teacher(data: Path, model: str) -> None:
         _run("train-teacher", "--data", data, "--model", model, "--resume")
 
 
-def train_students(students: Mapping[str, tuple[str, ...]]) -> None:
+def train_students(students: dict[str, tuple[str, ...]]) -> None:
     """Train and export whatever is not there yet."""
     for name, options in students.items():
         if Path("runs", name).is_dir() and not _has_recipe(name, options):
-            for stale in (name, f"{name}_int8"):
-                shutil.rmtree(Path("runs", stale), ignore_errors=True)
+            shutil.rmtree(Path("runs", name))
 
     def learn(name: str, beside: int) -> None:
         _run("train-student", "--output", f"runs/{name}", "--resume", *students[name], beside=beside)
 
-    # The first leaves the soft labels of all. A small student keeps few cores busy, so the rest go in pairs.
+    # The first leaves the soft labels of all, and the first with hidden states these. A small student keeps
+    # few cores busy, so the rest go in pairs.
     missing = [name for name in students if not Path("runs", name).is_dir()]
-    for name in missing[:1]:
+    first = {"--hidden-epochs" in students[name]: name for name in reversed(students)}
+    leading = [name for name in missing if name in first.values()]
+    for name in leading:
         learn(name, 1)
     with ThreadPoolExecutor(BESIDE) as pool:
-        list(pool.map(partial(learn, beside=BESIDE), missing[1:]))
+        list(pool.map(partial(learn, beside=BESIDE), (name for name in missing if name not in leading)))
     for name in students:
-        if not Path("runs", f"{name}_int8").is_dir():
-            output = ("--output", f"runs/{name}_int8")
+        if not _is_exported(name):
+            output = ("--output", f"runs/{name}_int8", "--overwrite")
             _run("export", "--int8", "--max-drop", "100", "--student", f"runs/{name}", *output)
 
 
@@ -198,7 +211,7 @@ def evaluate(student: str, students: Sequence[str]) -> dict[str, Any]:
         rows[name] = {
             "bytes": (folder / INT8).stat().st_size,
             "macro_f1_pytorch": score(truth, unquantized, classes).macro_f1,
-            **({} if "alone" in name else {"validation_loss": _on_validation(name)}),
+            **({} if "alone" in name else _on_validation(name, classes)),
         }
         if "seed1" in name and "alone" not in name:
             classify[name] = Classifier(folder, provider="cpu", threads=1)
@@ -220,7 +233,9 @@ def evaluate(student: str, students: Sequence[str]) -> dict[str, Any]:
             row["speed_up"] = latency["teacher"] / latency[name]
     return {
         "cpu": cpu_name(),
-        "versions": manifest.versions,
+        "teacher": Path(manifest.options["model"]).name,
+        "student": Path(student).name,
+        "versions": read_manifest(Path("runs", f"{students[-1]}_int8"), "export").versions,
         "recipe": " ".join(RECIPE),
         "recipe_with_layers": " ".join(DEEP),
         "recipe_alone": " ".join(_alone(layers=0)),
@@ -236,8 +251,8 @@ def evaluate(student: str, students: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _on_validation(name: str) -> float:
-    """The loss that a student's best epoch had the lowest of, of its INT8 version."""
+def _on_validation(name: str, classes: int) -> dict[str, float]:
+    """The loss that a student's best epoch had the lowest of, and macro-F1, of its INT8 version."""
     manifest = read_manifest(Path("runs", name), "train-student")
     answers = read_predictions(Path("runs", f"{name}_int8"), "validation")["int8"]
     teacher = read_predictions(Path("runs/teacher"), "validation")["teacher"].logits
@@ -248,7 +263,8 @@ def _on_validation(name: str) -> float:
         manifest.options["temperature"],
         manifest.options["alpha"],
     )
-    return float(loss)
+    found = score(answers.labels, answers.logits.argmax(axis=1), classes)
+    return {"validation_loss": float(loss), "validation_macro_f1": found.macro_f1}
 
 
 def _over_seeds(
@@ -260,7 +276,10 @@ def _over_seeds(
     over = {
         "mean": float(np.mean(found)),
         "deviation": float(np.std(found, ddof=1)),
-        "validation_loss": float(np.mean([rows[name]["validation_loss"] for name in with_teacher])),
+        **{
+            measure: float(np.mean([rows[name][measure] for name in with_teacher]))
+            for measure in ("validation_loss", "validation_macro_f1")
+        },
     }
     alone = [f"{shape}_alone_seed{seed}" for seed in SEEDS]
     if alone[0] not in rows:
@@ -321,6 +340,8 @@ def main(
     work: Path,
 ) -> None:
     """Run the benchmark, set by set."""
+    if vocabulary is not None and not depths:
+        raise click.UsageError("--vocabulary: of the students of --layers, and there are none; give --layers")
     RESULTS.mkdir(parents=True, exist_ok=True)
     # The runs have a working folder of their own, so that the chain's default paths serve.
     teacher, student = (str(Path(one).resolve()) if Path(one).is_dir() else one for one in (teacher, student))

@@ -77,6 +77,8 @@ def table(name: str, result: dict[str, Any]) -> str:
         spread = f"{seeded['mean']:.4f} ± {seeded['deviation']:.4f} over seeds"
         loss = seeded.get("validation_loss")
         chosen = f"; its loss on validation text is {loss:.4f}" if loss is not None else ""
+        if "validation_macro_f1" in seeded:
+            chosen += f", its macro-F1 there {seeded['validation_macro_f1']:.4f}"
         lines += ["", f"{_shape(shape).capitalize()}: {spread}{chosen}{gained or ''}."]
     lines.append("")
     return "\n".join(lines)
