@@ -151,7 +151,12 @@ def table(scores: dict[str, list[tuple[float, ...]]]) -> dict[str, Any]:
 @click.option(
     "--layers", type=click.IntRange(0), default=2, help="Of the students; 0 starts from the teacher."
 )
-@click.option("--only", multiple=True, help="Variants to run, besides the recipe itself; all when left out.")
+@click.option(
+    "--only",
+    type=click.Choice(list(VARIANTS)),
+    multiple=True,
+    help="Variants to run, besides the recipe itself; all when left out.",
+)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("pareto"), help="Folder for the runs.")
 def main(
     data: Path,
@@ -177,9 +182,11 @@ def main(
             "teacher": Path(teacher).name,
             "student": Path(student).name if layers else None,
             "seeds": list(SEEDS),
-            "augment": f"{BUDGET}x",
-            "epochs": EPOCHS,
-            "vocabulary": "whole",  # an earlier recipe cut it
+            "recipe": {
+                option: value
+                for option, value in _options(student, layers, ("recipe", 1)).recipe().items()
+                if option not in ("output", "teacher", "student", "data", "seed")
+            },
         }
         if only and record.is_file():  # the other rows stay, if they were made in the same way
             before = json.loads(record.read_text(encoding="utf-8"))

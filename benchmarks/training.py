@@ -123,7 +123,7 @@ def with_teacher_in_step(
 @click.option("--teacher", default="sentence-transformers/all-mpnet-base-v2", help="Checkpoint.")
 @click.option("--student", default="sentence-transformers/all-MiniLM-L6-v2", help="Checkpoint.")
 @click.option("--layers", default=2, show_default=True, help="Layers of the student.")
-@click.option("--texts", default=8000, show_default=True, help="Texts of an epoch.")
+@click.option("--texts", default=8000, show_default=True, help="Texts of an epoch, at most.")
 @click.option("--batch-size", default=64, show_default=True, help="Where it is not the Trainer's own.")
 @click.option("--rounds", default=3, show_default=True, help="Epochs of each side.")
 def main(
@@ -131,6 +131,7 @@ def main(
 ) -> None:
     """Time an epoch of each side."""
     loaded = load_data(str(data))
+    texts = min(texts, len(loaded.splits["train"]))
     split, classes = loaded.splits["train"].select(range(texts)), loaded.labels
     tokenizer = load_tokenizer(student, 256)
     teacher_model, teacher_tokenizer = load_model(teacher, classes).eval(), load_tokenizer(teacher, 256)

@@ -53,7 +53,8 @@ def text_id(text: str, text_pair: str | None = None) -> str:
 
 def _resolve(place: str, present: list[str], columns: Columns, labelled: bool) -> Columns:
     text = find_column(place, present, columns.text, TEXT_COLUMNS, "--text-column")
-    pair = columns.text_pair and find_column(place, present, columns.text_pair, (), "--text-pair-column")
+    named = "--text-pair-column" if labelled else "as in the teacher's data"
+    pair = columns.text_pair and find_column(place, present, columns.text_pair, (), named)
     label = find_column(place, present, columns.label, LABEL_COLUMNS, "--label-column") if labelled else None
     return Columns(text, pair, label, columns.separator)
 

@@ -6,6 +6,8 @@ from typing import Any
 from distill.errors import DistillError
 from distill.options import budget_of
 
+MOST_BIGRAMS = 2**16  # a quarter of the slots that averaging.py has for them
+
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Refuse options that are wrong by themselves, or together.
@@ -44,8 +46,8 @@ def _check_shape(options: Mapping[str, Any]) -> None:
             raise DistillError(
                 f"--{name.replace('_', '-')}: without layers there are no {parts}; leave it out"
             )
-    if options["bigrams"] is not None and options["bigrams"] < 0:
-        raise DistillError(f"--bigrams {options['bigrams']}: give a number from 0 on")
+    if options["bigrams"] is not None and not 0 <= options["bigrams"] <= MOST_BIGRAMS:
+        raise DistillError(f"--bigrams {options['bigrams']}: give a number from 0 to {MOST_BIGRAMS}")
     if options["bigrams"] is not None and (options["layers"] or not given):
         raise DistillError("--bigrams: only a student without layers has them; give --layers 0 with it")
 

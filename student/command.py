@@ -86,7 +86,7 @@ class Milliseconds(click.ParamType):
     "--bigrams",
     type=click.IntRange(min=0),
     help="Without layers: give this many pairs of neighbouring tokens an embedding too, of those that occur "
-    "twice in what the student learns on, the most frequent first [16384].",
+    "twice in training and unlabelled text, the most frequent first [16384].",
 )
 @click.option("--unlabeled", help="File, folder or address with more texts, which only the teacher labels.")
 @click.option(

@@ -93,3 +93,12 @@ def test_the_card_of_the_bundle_shows_a_pair(runs):
 def test_a_mean_of_tokens_cannot_tell_two_texts_apart(runs, tmp_path):
     with pytest.raises(DistillError, match="a mean of tokens, which cannot tell the two texts of a pair"):
         train_student(StudentOptions(output=tmp_path / "s", teacher=runs / "teacher", layers=0, max_steps=1))
+
+
+def test_unlabelled_text_without_a_second_one_is_named(runs, tmp_path):
+    more = write_csv(tmp_path / "more.csv", [("awful", "great")], ("text", "other"))
+    options = StudentOptions(output=tmp_path / "s", teacher=runs / "teacher", layers=1, unlabeled=str(more))
+    with pytest.raises(
+        DistillError, match=r"no column 'second' \(as in the teacher's data\); the columns are"
+    ):
+        train_student(options)

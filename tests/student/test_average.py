@@ -348,7 +348,7 @@ def test_a_speed_that_no_layer_has_takes_none(chain, tmp_path, monkeypatch):
     from distill.student import shape
 
     monkeypatch.setattr(shape, "measure", lambda subjects, sample: {"student": float(depths.pop(0))})
-    depths = [9, 9, 0.1]  # of 3 narrow ones, 1 and 0 layers
+    depths = [9, 0.1, 9]  # of 4 narrow layers, none, and 3 narrow ones
     options = StudentOptions(output=tmp_path / "s", teacher=chain.teacher, latency_budget=0.5, max_steps=1)
     assert train_student(options).details["layers"] == 0 and not depths
 
@@ -359,6 +359,7 @@ def test_a_speed_that_no_layer_has_takes_none(chain, tmp_path, monkeypatch):
         (("--layers", 0, "--intermediate-size", 8), "--intermediate-size: without layers there are no"),
         (("--layers", -1), "-1 is not in the range x>=0"),
         (("--bigrams", -1), "-1 is not in the range x>=0"),
+        (("--bigrams", 99999, "--layers", 0), "--bigrams 99999: give a number from 0 to 65536"),
         (("--bigrams", 9), "--bigrams: only a student without layers has them; give --layers 0"),
         (("--bigrams", 9, "--layers", 1), "--bigrams: only a student without layers has them"),
     ],
