@@ -14,6 +14,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 from distill.student.soft_labels import kept_beside
+from distill.student.states import states_of
 from numpy.typing import ArrayLike, NDArray
 
 from distill.artifact import Manifest
@@ -165,19 +166,15 @@ class _Reader:
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Rows of `ids`, shape (texts, tokens), and their tokens' states, shape (rows, tokens, width)."""
         text, place = _text_around(self.tokenizer, is_decoder(self.model.config), ids.shape[1])
-        layer, started = round(2 * depth(self.model) / 3), time.monotonic()
-        inside = slice(place, place + ids.shape[1])
+        started, inside = time.monotonic(), slice(place, place + ids.shape[1])
         with placed(self.model, self.device, self.precision), inference(self.device, self.precision):
             for begin in range(0, len(ids), BATCH):
                 rows = np.arange(begin, min(begin + BATCH, len(ids)))
                 read = text.repeat(len(rows), 1)
                 read[:, inside] = torch.from_numpy(ids[rows])
-                states = self.model.base_model(
-                    read.to(self.device),
-                    attention_mask=torch.ones_like(read).to(self.device),
-                    output_hidden_states=True,
-                ).hidden_states
-                yield rows, _standard(states[layer][:, inside].float().cpu().numpy())
+                read = read.to(self.device)
+                states = states_of(self.model, input_ids=read, attention_mask=torch.ones_like(read))
+                yield rows, _standard(states[:, inside].float().cpu().numpy())
                 done = begin + len(rows)
                 if done % (20 * BATCH) == 0 or done == len(ids):
                     left = (time.monotonic() - started) / done * (len(ids) - done)

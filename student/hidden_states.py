@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from distill.student.losses import hidden_state_loss
 from distill.student.soft_labels import kept_beside
+from distill.student.states import states_of
 from filelock import FileLock
 from numpy.typing import NDArray
 from torch import nn
@@ -27,7 +28,6 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from distill.arguments import TrainingOptions
 from distill.artifact import Manifest
-from distill.averaging import depth
 from distill.checkpoints import EARLIER, last_complete
 from distill.data import texts_of
 from distill.devices import choose_device, choose_precision, inference, placed
@@ -133,7 +133,7 @@ def _read(
     tokenizer = load_tokenizer(str(teacher), manifest.max_length, "--teacher")
     device = choose_device(how[0])
     precision = choose_precision(device, how[1])
-    layer, starts = round(2 * depth(model) / 3), np.concatenate([[0], np.cumsum(lengths)])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
     unfinished = file.with_suffix(".partial")
     values = np.lib.format.open_memmap(
         unfinished, mode="w+", dtype=np.float16, shape=(int(starts[-1]), model.config.hidden_size)
@@ -145,7 +145,7 @@ def _read(
             rows = order[done : done + max(1, BATCH_TOKENS // int(lengths[order[done]]))]
             parts = list(map(list, zip(*(parts_of(texts[row]) for row in rows), strict=True)))
             batch = tokenizer(*parts, truncation=True, padding=True, return_tensors="pt").to(device)
-            states = model.base_model(**batch, output_hidden_states=True).hidden_states[layer].float()
+            states = states_of(model, **batch).float()
             states = F.layer_norm(states, states.shape[-1:]).cpu()
             for row, own, mask in zip(rows, states, batch["attention_mask"].cpu().bool(), strict=True):
                 values[starts[row] : starts[row + 1]] = own[mask].numpy()
