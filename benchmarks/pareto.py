@@ -47,9 +47,8 @@ BATCH = ("--batch-size", "64")
 FAST = ("--learning-rate", "3e-4", *BATCH)
 AUGMENT, EPOCHS = 40_000, 5
 RECIPE = ("--augment", str(AUGMENT), "--epochs", str(EPOCHS), *FAST)
-# With layers: the teacher's hidden states first, then labels for longer, at a lower rate, without dropout.
-DEEP_EPOCHS = 10
-HIDDEN = ("--hidden-epochs", "4", "--epochs", str(DEEP_EPOCHS), "--learning-rate", "2e-4", "--dropout", "0")
+# With layers: the teacher's hidden states first, then labels at a lower rate, without dropout.
+HIDDEN = ("--hidden-epochs", "2", "--epochs", str(EPOCHS), "--learning-rate", "2e-4", "--dropout", "0")
 DEEP = ("--augment", str(AUGMENT), *HIDDEN, *BATCH)
 SEEDED, LAYERS, THIN = (0,), (), (3,)  # layers of the students
 NARROW = ("--intermediate-size", "192", "--attention-heads", "6")  # of 1,536 and 12 of MiniLM-L6
@@ -71,10 +70,10 @@ def _recipe(layers: int) -> tuple[str, ...]:
     return DEEP if layers else RECIPE
 
 
-def _alone(layers: int) -> tuple[str, ...]:
+def _alone() -> tuple[str, ...]:
     """Options of a student without a teacher: as many steps on labels as with one, the best of its epochs."""
     rows = read_manifest(Path("runs/teacher"), "train-teacher").data["rows"]["train"]
-    epochs = str(round((DEEP_EPOCHS if layers else EPOCHS) * (1 + AUGMENT / rows)))
+    epochs = str(round(EPOCHS * (1 + AUGMENT / rows)))
     # Stopped early it would not have had the end of the schedule, where the learning rate goes to zero.
     return ("--alpha", "0", "--epochs", epochs, "--patience", epochs, *FAST)
 
@@ -100,7 +99,7 @@ def _students(
     for layers in seeded:
         for seed in SEEDS:
             found[f"{layers}_layers_seed{seed}"] = (*shape(layers, seed), *_recipe(layers))
-            found[f"{layers}_layers_alone_seed{seed}"] = (*shape(layers, seed, alone=True), *_alone(layers))
+            found[f"{layers}_layers_alone_seed{seed}"] = (*shape(layers, seed, alone=True), *_alone())
     for layers, seeds in depths.items():
         for seed in SEEDS[:seeds]:
             found[f"{layers}_layers_seed{seed}"] = (*shape(layers, seed), *DEEP)
@@ -238,7 +237,7 @@ def evaluate(student: str, students: Sequence[str]) -> dict[str, Any]:
         "versions": read_manifest(Path("runs", f"{students[-1]}_int8"), "export").versions,
         "recipe": " ".join(RECIPE),
         "recipe_with_layers": " ".join(DEEP),
-        "recipe_alone": " ".join(_alone(layers=0)),
+        "recipe_alone": " ".join(_alone()),
         **({"narrow": " ".join(NARROW)} if any("_narrow" in name for name in students) else {}),
         "rows": data.manifest()["rows"],
         "classes": classes,
