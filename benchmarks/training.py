@@ -1,9 +1,10 @@
 """How fast a student trains: against the `Trainer` with its defaults, and with the teacher in every step.
 
-All sides train the same student, the slow ones on a quarter of the texts; the teacher's weights do not matter
-to speed. An epoch ends with an evaluation of 8 texts and a checkpoint, but on the slow sides, which have
-neither. Tokens are those of the texts, without padding. One side after the other, several rounds, the median
-of each. Prints JSON and keeps it in benchmarks/results/training.json.
+All sides train the same student, without dropout but for two of them, the slow ones on a quarter of the
+texts; the teacher's weights do not matter to speed. An epoch ends with an evaluation of 8 texts and a
+checkpoint, but on the slow sides, which have neither. Tokens are those of the texts, without padding. One
+side after the other, several rounds, the median of each. Prints JSON and keeps it in
+benchmarks/results/training.json.
 
 Usage: python benchmarks/training.py SET --teacher all-mpnet-base-v2 --student all-MiniLM-L6-v2
 
@@ -31,6 +32,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from distill import training
 from distill.arguments import TrainingOptions
+from distill.attention import attention_in_fp32
 from distill.data import load_data, texts_of
 from distill.devices import choose_precision
 from distill.first_token import first_token_only
@@ -42,6 +44,7 @@ from distill.used_tokens import used_tokens_only
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RATE = 3e-4
+DROPPING = ("Trainer, defaults", "distill, with dropout")
 
 
 def _loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -104,6 +107,7 @@ def with_teacher_in_step(
         tempfile.TemporaryDirectory() as folder,
         first_token_only(model),
         used_tokens_only(model, tokenizer, [train], "cpu", Path(folder, "used_tokens.json")) as new_ids,
+        attention_in_fp32("cpu", choose_precision("cpu")),
     ):
         collate = Collator(tokenizer, new_ids)
         arguments = TrainingArguments(
@@ -146,6 +150,8 @@ def main(
         "distill": (from_kept_labels, (batch_size,)),
         "distill, all tokens in the last layer": (partial(without, "first_token_only"), (batch_size,)),
         "distill, all rows of the embeddings": (partial(without, "used_tokens_only"), (batch_size,)),
+        "distill, attention in bf16": (partial(without, "attention_in_fp32"), (batch_size,)),
+        "distill, with dropout": (from_kept_labels, (batch_size,)),
         "distill, teacher in every step": (
             with_teacher_in_step,
             (batch_size, teacher_model, teacher_tokenizer),
@@ -154,7 +160,8 @@ def main(
     rates: dict[str, list[float]] = {name: [] for name in epoch}
     for _ in range(rounds):
         for name, (train, arguments) in epoch.items():
-            model, rows = keep_layers(load_model(student, classes), layers), prepared
+            dropout = None if name in DROPPING else 0.0
+            model, rows = keep_layers(load_model(student, classes, dropout=dropout), layers), prepared
             if train in (with_defaults, with_teacher_in_step):
                 rows = rows.select(range(texts // 4))
             started = time.monotonic()
