@@ -93,13 +93,16 @@ class AveragingForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
 
     def know_bigrams(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Give these pairs of tokens, as many as `config.bigrams`, a row of nearly zero each."""
-        self.pairs.copy_(torch.tensor(list(pairs)))
+        self._fill_slots(torch.tensor(list(pairs)))
+        nn.init.normal_(self.bigrams.weight, std=1e-3)  # no two alike, which export would store once
+        nn.init.zeros_(self.bigrams.weight[0])
+
+    def _fill_slots(self, pairs: torch.Tensor) -> None:
+        self.pairs.copy_(pairs)
         self.slots.zero_()
         # Of pairs in one slot the first, which is the most frequent, has it.
         for row, slot in reversed(list(enumerate(slot_of(*self.pairs.T).tolist(), start=1))):
             self.slots[slot] = row
-        nn.init.normal_(self.bigrams.weight, std=1e-3)  # no two alike, which export would store once
-        nn.init.zeros_(self.bigrams.weight[0])
 
     def share(self, tokens: torch.Tensor) -> None:
         """From now on take bigrams to be of what `tokens`, shape (vocabulary,), names for every token."""
@@ -108,6 +111,7 @@ class AveragingForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
             tokens = self.stands_for[tokens]
         self.config.shared = True
         self.register_buffer("stands_for", tokens.int())
+        self._fill_slots(tokens[self.pairs])
 
     def forward(
         self,

@@ -22,7 +22,7 @@ from distill.student.neighbours import similar_words
 from distill.student.options import StudentOptions
 from distill.student.shape import Shape
 from distill.student.soft_labels import teacher_logits
-from distill.student.vocabulary import share_rows, shared_rows
+from distill.student.vocabulary import share_bigrams, share_rows, shared_rows
 from numpy.typing import NDArray
 
 from distill.artifact import Manifest, manifest_hash, publish, read_manifest, verify
@@ -124,6 +124,7 @@ def _fit(options: StudentOptions) -> _Fitted:
     if options.vocabulary is not None:
         shared = once(partial(_shared_rows, model, tokenizer, corpus, options, resume_from is not None))
         logger.info("Vocabulary: %d tokens share %d rows", len(tokenizer), len(shared.unique()))
+        share_bigrams(model, shared)
     rows, *unlabeled = (in_windows(part, tokenizer) for part in (data.splits["train"], *unlabeled))
     how = (options.device, options.precision, options.engine, options.workers)
 

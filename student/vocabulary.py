@@ -62,13 +62,15 @@ def shared_rows(model: Any, tokenizer: Any, texts: Iterable[Text], size: int | N
 
 
 def share_rows(model: Any, rows: torch.Tensor) -> None:
-    """Copy the rows that `rows` names to the tokens that share them, shape (vocabulary,); in place.
-
-    Where a model has bigrams, those of tokens that share a row are one too, as they were in training.
-    """
+    """Copy the rows that `rows` names to the tokens that share them, shape (vocabulary,); in place."""
     table = model.get_input_embeddings().weight
     with torch.no_grad():
         table.copy_(table[rows.to(table.device)])
+    share_bigrams(model, rows)
+
+
+def share_bigrams(model: Any, rows: torch.Tensor) -> None:
+    """Where a model has bigrams, those of tokens that share a row by `rows` are one too from now on."""
     if is_layerless(model) and model.config.bigrams:
         model.share(rows)
 

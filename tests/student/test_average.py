@@ -86,10 +86,25 @@ def test_tokens_that_share_a_row_share_its_bigrams(tmp_path):
     again = load_model(str(tmp_path), ["a", "b", "c"]).eval()
     for model in (student, again):
         torch.testing.assert_close(model(input_ids=torch.tensor([[7, 11]])).logits, expected)
+    kept = again.pairs.tolist()
     rows = torch.arange(len(make_tokenizer()))
     rows[12] = 11
     share_rows(again, rows)
+    assert again.pairs.tolist() == kept
     torch.testing.assert_close(again(input_ids=torch.tensor([[7, 12]])).logits, expected)
+
+
+def test_a_bigram_of_a_token_without_a_row_of_its_own_is_read_as_that_of_another():
+    student, _ = _average(FAMILIES["bert"])  # knows (7, 7) and (7, 9)
+    expected = student(input_ids=torch.tensor([[7, 9]])).logits
+    rows = torch.arange(len(make_tokenizer()))
+    rows[9] = 11
+    with torch.no_grad():
+        student.tokens.weight[11] = student.tokens.weight[9]
+    share_rows(student, rows)
+    assert student.pairs.tolist() == [[7, 7], [7, 11]]
+    for second in (9, 11):
+        torch.testing.assert_close(student(input_ids=torch.tensor([[7, second]])).logits, expected)
 
 
 def test_its_embeddings_are_dropped_out_as_asked():
