@@ -48,8 +48,10 @@ FAST = ("--learning-rate", "3e-4", *BATCH)
 AUGMENT, EPOCHS = 40_000, 5
 RECIPE = ("--augment", str(AUGMENT), "--epochs", str(EPOCHS), *FAST)
 # With layers: the teacher's hidden states first, then labels at a lower rate, without dropout.
-HIDDEN = ("--hidden-epochs", "2", "--epochs", str(EPOCHS), "--learning-rate", "2e-4", "--dropout", "0")
-DEEP = ("--augment", str(AUGMENT), *HIDDEN, *BATCH)
+DEEP = (
+    "--augment", str(AUGMENT), "--hidden-epochs", "2", "--epochs", str(EPOCHS),
+    "--learning-rate", "2e-4", "--dropout", "0", *BATCH,
+)  # fmt: skip
 SEEDED, LAYERS, THIN = (0,), (), (3,)  # layers of the students
 NARROW = ("--intermediate-size", "192", "--attention-heads", "6")  # of 1,536 and 12 of MiniLM-L6
 BESIDE = 2  # students that train at the same time

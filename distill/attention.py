@@ -1,8 +1,7 @@
 """Attention in fp32 while all else trains in bf16, on a CPU.
 
-PyTorch has one fused kernel for attention on a CPU. In bf16 its backward pass takes 4 to 10 times as long as
-in fp32 for texts of 16 to 128 tokens (AMD EPYC of the fifth generation, PyTorch 2.13), longer than all of the
-matrix products that bf16 makes faster.
+PyTorch has one fused kernel for attention on a CPU, whose backward pass takes longer in bf16 than in fp32 for
+short texts; benchmarks/training.py measures what that costs a training.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -186,15 +186,20 @@ def test_it_goes_with_other_options(chain, tmp_path, changes, caplog):
     assert len(losses) == 3 and losses[2] < losses[0]
 
 
-def test_without_layers_the_rows_in_use_are_trained_alone(chain, tmp_path, caplog):
-    tokenizer = make_tokenizer(unused=400)
+def _checkpoint(tokenizer, folder):
+    """A tiny encoder that reads by this tokenizer."""
     config = transformers.BertConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    transformers.BertModel(config).save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    changes = {"student": str(tmp_path / "other"), "layers": 0, "hidden_epochs": 1.0}
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_without_layers_the_rows_in_use_are_trained_alone(chain, tmp_path, caplog):
+    other = _checkpoint(make_tokenizer(unused=400), tmp_path / "other")
+    changes = {"student": other, "layers": 0, "hidden_epochs": 1.0}
     with caplog.at_level("DEBUG", "distill"):
         train_student(_options(chain, tmp_path / "student", **changes))
     told = [one for one in caplog.messages if one.startswith("Training ") and "rows of the embedding" in one]
@@ -202,14 +207,8 @@ def test_without_layers_the_rows_in_use_are_trained_alone(chain, tmp_path, caplo
 
 
 def test_it_goes_with_another_tokenizer(chain, tmp_path, caplog):
-    tokenizer = _other_tokenizer("byte-level bpe")
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    transformers.BertModel(config).save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    changes = {"student": str(tmp_path / "other"), "hidden_epochs": 3.0, "max_steps": -1, "epochs": 0.1}
+    other = _checkpoint(_other_tokenizer("byte-level bpe"), tmp_path / "other")
+    changes = {"student": other, "hidden_epochs": 3.0, "max_steps": -1, "epochs": 0.1}
     with caplog.at_level("INFO", "distill"):
         train_student(_options(chain, tmp_path / "student", **changes))
     losses = _losses(caplog)
